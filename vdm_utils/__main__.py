@@ -1,0 +1,158 @@
+"""Command line: `python -m vdm_utils train-base | train | eval-base`, with the reference's flags and defaults."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import sys
+from pathlib import Path
+
+from transformers import HfArgumentParser, set_seed
+from transformers.utils import logging as transformers_logging
+
+from vdm_utils.data import Pictures, load_data
+from vdm_utils.diffmask import VisionDiffMask
+from vdm_utils.errors import VDMError, unknown_name
+from vdm_utils.plots import SampleImages
+from vdm_utils.training import (
+    RECIPES,
+    ClassifierSettings,
+    DiffMaskSettings,
+    RunSettings,
+    evaluate_classifier,
+    train_classifier,
+    train_diffmask,
+)
+from vdm_utils.vit import build_classifier, load_classifier
+
+
+def parse(kind: type, job: str, words: list[str]) -> RunSettings:
+    """Settings from a command line: the recipe's defaults, then the flags, which always win."""
+    wide = functools.partial(argparse.ArgumentDefaultsHelpFormatter, width=100, max_help_position=34)
+    parser = HfArgumentParser(kind, prog=f"python -m vdm_utils {job}", formatter_class=wide, allow_abbrev=False)
+    recipe, _ = parser.parse_known_args([w for w in words if w not in ("-h", "--help")])
+    parser.set_defaults(**RECIPES[recipe.recipe][kind])
+    (chosen,) = parser.parse_args_into_dataclasses(words)
+    chosen.validate()
+    return chosen
+
+
+def output_folder(chosen: RunSettings, job: str, resume: str | None = None) -> Path:
+    """The run's folder: as asked for, else a new one under `runs/`; a finished run is never written over."""
+    if chosen.output_dir is None:
+        if resume not in (None, "last"):
+            return Path(resume).parent
+        base = f"runs/{job}-{chosen.dataset}-seed{chosen.seed}"
+        numbered = (Path(f"{base}-{n}") for n in range(2, 10_000))
+        return Path(base) if not Path(base).exists() else next(p for p in numbered if not p.exists())
+    folder = Path(chosen.output_dir)
+    if (folder / "config.json").exists() and resume is None:
+        raise VDMError("the output folder already holds a run", where=job, expected="an empty or new folder", got=folder,
+                       fix="name another --output_dir, resume it, or remove it")  # fmt: skip
+    return folder
+
+
+def datasets(chosen: RunSettings, image_size: int | None = None) -> tuple[Pictures, Pictures]:
+    """The training and validation split of a run."""
+    options = chosen.data_options()
+    options["image_size"] = options["image_size"] or image_size
+    return tuple(load_data(chosen.dataset, split, **options) for split in ("train", "validation"))
+
+
+def new_classifier(chosen: ClassifierSettings, data: Pictures):
+    """The base that `train-base` starts from: a checkpoint, or random weights."""
+    if chosen.from_pretrained:
+        model = load_classifier(chosen.from_pretrained, num_labels=data.num_labels)
+        model.config.id2label = dict(data.id2label)
+        model.config.label2id = {name: label for label, name in data.id2label.items()}
+        return model
+    return build_classifier(
+        {"ViT": "vit", "ConvNeXt": "convnext"}[chosen.base_model],
+        chosen.size,
+        data.image_size,
+        chosen.patch_size or data.patch_size,
+        data.num_channels,
+        id2label=data.id2label,
+    )
+
+
+def train_base(words: list[str]) -> dict:
+    """Train the classifier that is to be explained."""
+    chosen = parse(ClassifierSettings, "train-base", words)
+    folder = output_folder(chosen, "train-base", chosen.checkpoint)
+    train, validation = datasets(chosen)
+    set_seed(chosen.seed)
+    model = new_classifier(chosen, train)
+    metrics = train_classifier(model, train, validation, chosen, folder, chosen.checkpoint)
+    return _report(chosen, folder, metrics)
+
+
+def train(words: list[str]) -> dict:
+    """Train a Vision DiffMask around a frozen classifier."""
+    chosen = parse(DiffMaskSettings, "train", words)
+    folder = output_folder(chosen, "train", chosen.diffmask_checkpoint)
+    model = load_classifier(chosen.from_pretrained)
+    set_seed(chosen.seed)
+    diffmask = VisionDiffMask.for_classifier(model, **chosen.config())
+    train, validation = datasets(chosen, image_size=diffmask.view.image_size[0])
+    if train.num_labels != model.config.num_labels or train.num_channels != diffmask.view.num_channels:
+        raise VDMError("the classifier was not trained for this dataset", where="train",
+                       expected=f"{train.num_labels} classes, {train.num_channels} channels",
+                       got=f"{model.config.num_labels} classes, {diffmask.view.num_channels} channels",
+                       fix="train one with train-base, or change --dataset or --from_pretrained")  # fmt: skip
+    pictures = SampleImages(validation, chosen.sample_images) if chosen.sample_images > 0 else None
+    metrics = train_diffmask(
+        diffmask, train, validation, chosen, folder, chosen.diffmask_checkpoint, (pictures,) if pictures else ()
+    )
+    return _report(chosen, folder, metrics)
+
+
+def eval_base(words: list[str]) -> dict:
+    """Measure a classifier on the test split; with --output_dir also save it for --from_pretrained."""
+    chosen = parse(ClassifierSettings, "eval-base", words)
+    source = chosen.checkpoint or chosen.from_pretrained
+    if source is None:
+        raise VDMError("nothing to evaluate", where="eval-base", expected="--checkpoint or --from_pretrained", got="neither",
+                       fix="name a folder or a Hub name")  # fmt: skip
+    model = load_classifier(source)
+    size = getattr(model.config, "image_size", None)
+    options = chosen.data_options() | {"image_size": chosen.image_size or (size if isinstance(size, int) else None)}
+    test = load_data(chosen.dataset, "test", **options)
+    metrics = evaluate_classifier(model, test)
+    if chosen.output_dir:
+        model.save_pretrained(output_folder(chosen, "eval-base"))
+    return {"checkpoint": str(source), "dataset": chosen.dataset, "split": "test"} | metrics
+
+
+def _report(chosen: RunSettings, folder: Path, metrics: dict) -> dict:
+    (folder / "settings.json").write_text(json.dumps(vars(chosen), indent=2) + "\n")
+    return {"output_dir": str(folder)} | metrics
+
+
+JOBS = {"train-base": train_base, "train": train, "eval-base": eval_base}
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run one job; 0 when it worked, 2 when the user can put something right."""
+    words = sys.argv[1:] if words is None else words
+    transformers_logging.disable_progress_bar()
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    try:
+        if not words or words[0] in ("-h", "--help"):
+            print(f"usage: python -m vdm_utils {{{','.join(JOBS)}}} [--help] [options]")
+            for job, function in JOBS.items():
+                print(f"  {job:<12}{function.__doc__}")
+            return 0
+        if words[0] not in JOBS:
+            raise unknown_name("job", words[0], JOBS, "python -m vdm_utils")
+        print(json.dumps(JOBS[words[0]](words[1:]), indent=2))
+    except VDMError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,261 @@
+"""Vision DiffMask: which patches can be replaced by a placeholder without changing what the classifier says?"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from vdm_utils.errors import VDMError
+from vdm_utils.gates import GateNetwork, HardConcrete, combine_votes
+from vdm_utils.objective import Multiplier, expected_l0, kl_divergence, lagrangian, mask_embeddings
+from vdm_utils.vit import PatchStates, PatchView, fingerprint, load_classifier
+
+
+class VisionDiffMaskConfig(PreTrainedConfig):
+    """Everything needed to rebuild a `VisionDiffMask` around its base.
+
+    Args:
+        hidden_size, num_gates: d and K of the base (set by `VisionDiffMask.for_classifier`).
+        eps: ε, the KL in nats that a masked image may cost.
+        mul_activation, add_activation: log_alpha = mul · tanh(·) + add.
+        temperature, low, high: of the hard concrete distribution.
+        normalize, zero_start: LayerNorm on gate inputs; last gate layer starts at zero, so every gate starts at `add`.
+        no_placeholder: replace by zeros instead of a learned vector.
+        alpha, alpha_min, alpha_max, log_multiplier: start and bounds of the multipliers, and whether ρ = log α is learned.
+        base_name_or_path, base_fingerprint: which classifier this explains; a path is relative to the saved folder.
+    """
+
+    model_type = "vision_diffmask"
+
+    hidden_size: int = 64
+    num_gates: int = 6
+    eps: float = 0.1
+    mul_activation: float = 15.0
+    add_activation: float = 8.0
+    temperature: float = 0.2
+    low: float = -0.2
+    high: float = 1.0
+    normalize: bool = False
+    zero_start: bool = False
+    no_placeholder: bool = False
+    alpha: float = 20.0
+    alpha_min: float = 0.0
+    alpha_max: float = 200.0
+    log_multiplier: bool = False
+    base_name_or_path: str = ""
+    base_fingerprint: str = ""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What an image can do without. B images, K gates, a grid of rows × cols patches.
+
+    mask: [B, rows, cols] in [0, 1], P(z ≠ 0); 1 = kept.  masks_per_layer: [B, K, rows, cols].
+    scores: [B, rows, cols] log P(z ≠ 0), unsaturated at both ends: rank patches by it.
+    kept: [B] mean of the mask.  logits: [B, C] on the whole images.
+    masked_logits: [B, C], kl: [B] in nats: of *this* mask, blended as shown; None with `check=False`.
+    """
+
+    mask: torch.Tensor
+    masks_per_layer: torch.Tensor
+    scores: torch.Tensor
+    kept: torch.Tensor
+    logits: torch.Tensor
+    masked_logits: torch.Tensor | None = None
+    kl: torch.Tensor | None = None
+
+    def pixel_mask(self, height: int, width: int) -> torch.Tensor:
+        """The mask enlarged to pixels, [B, height, width]; every pixel takes its patch's value."""
+        return F.interpolate(self.mask[:, None], size=(height, width), mode="nearest")[:, 0]
+
+
+@dataclass
+class DiffMaskOutput(ModelOutput):
+    """`loss` to minimise (the multiplier's share of it to maximise); of the sampled mask, each [B]: `kl` in nats, `l0`
+    the expected fraction kept, `unchanged` 1 where the predicted class is the same."""
+
+    loss: torch.Tensor | None = None
+    kl: torch.Tensor | None = None
+    l0: torch.Tensor | None = None
+    unchanged: torch.Tensor | None = None
+
+
+class VisionDiffMask(PreTrainedModel):
+    """K gate networks, a placeholder and K Lagrange multipliers around a frozen classifier.
+
+    The classifier is `base`; it is not part of the state dict, so a checkpoint holds what was learned and the
+    fingerprint of what it was learned on.
+    """
+
+    config_class = VisionDiffMaskConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: VisionDiffMaskConfig):
+        super().__init__(config)
+        d, activation = config.hidden_size, (config.mul_activation, config.add_activation)
+        self.gates = nn.ModuleList(
+            GateNetwork(d, *activation, config.normalize, config.zero_start) for _ in range(config.num_gates)
+        )
+        self.placeholder = None
+        if not config.no_placeholder:
+            self.placeholder = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, d))[0])
+        self.multiplier = Multiplier(
+            config.num_gates, config.alpha, config.alpha_min, config.alpha_max, config.log_multiplier
+        )
+        # per gate, running averages of (share of classes unchanged, fraction kept): saved, so that a resumed run agrees
+        self.register_buffer("running", torch.tensor([[0.0], [1.0]]).repeat(1, config.num_gates))
+        self.view: PatchView | None = None
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing to do: every module starts itself, so that a checkpoint's start does not depend on transformers."""
+
+    @classmethod
+    def for_classifier(cls, model: PreTrainedModel, **config) -> VisionDiffMask:
+        """A fresh `VisionDiffMask` around `model`; keyword arguments are those of `VisionDiffMaskConfig`."""
+        view = PatchView(model)
+        known = VisionDiffMaskConfig().to_dict()
+        for key in config:
+            if key not in known:
+                raise VDMError(f"unknown setting {key!r}", where="VisionDiffMask.for_classifier",
+                               expected="a field of VisionDiffMaskConfig", got=key, fix="check the spelling")  # fmt: skip
+        diffmask = cls(VisionDiffMaskConfig(hidden_size=view.hidden_size, num_gates=view.num_states, **config))
+        diffmask.config.base_name_or_path = str(model.name_or_path or "")
+        diffmask.attach(model)
+        return diffmask.to(model.device)
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Set the base; raises `VDMError` when its weights are not those that the gates were trained on."""
+        mark = fingerprint(model)
+        if self.config.base_fingerprint not in ("", mark):
+            raise VDMError("this is not the classifier that was explained", where="VisionDiffMask.attach",
+                           expected=f"{self.config.base_name_or_path or 'a base'} with weights {self.config.base_fingerprint[:12]}…",
+                           got=f"{model.name_or_path or type(model).__name__} with weights {mark[:12]}…",
+                           fix="load the base this DiffMask was trained on, or train a new DiffMask")  # fmt: skip
+        self.config.base_fingerprint = mark
+        self.view = PatchView(model)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The frozen classifier."""
+        return self._view().model
+
+    def _view(self) -> PatchView:
+        if self.view is None:
+            raise VDMError("no classifier attached", where="VisionDiffMask", expected="a base", got="none",
+                           fix="use VisionDiffMask.for_classifier(model) or from_pretrained(folder, base=model)")  # fmt: skip
+        return self.view
+
+    def _apply(self, fn, recurse=True):
+        # `.to(device)` has to take the base along although it is not a submodule
+        if getattr(self, "view", None) is not None:
+            self.view.model._apply(fn)
+        return super()._apply(fn, recurse)
+
+    # ------------------------------------------------------------------ votes
+
+    def votes(self, states: PatchStates, upto: int | None = None) -> HardConcrete:
+        """The votes of gates 0..upto (all by default) as one distribution of shape [B, k, N]."""
+        last = self.config.num_gates - 1 if upto is None else upto
+        log_alpha = [gate(states.embeddings, hidden) for gate, hidden in zip(self.gates[: last + 1], states.hidden)]
+        return HardConcrete(torch.stack(log_alpha, dim=1), self.config.temperature, self.config.low, self.config.high)
+
+    def masked_logits(self, pixel_values: torch.Tensor, states: PatchStates, mask: torch.Tensor) -> torch.Tensor:
+        """Logits [B, C] with the patches blended by `mask` [B, N] or [B, rows, cols]."""
+        placeholder = torch.zeros_like(states.embeddings[0, 0]) if self.placeholder is None else self.placeholder
+        blended = mask_embeddings(states.embeddings, mask.flatten(1).to(states.embeddings.dtype), placeholder)
+        return self._view().logits(pixel_values, blended)
+
+    def forward(self, pixel_values: torch.Tensor, layer: int) -> DiffMaskOutput:
+        """One draw of the objective at depth `layer` (0..K−1): votes 0..layer sampled, multiplied and applied.
+
+        One backward pass through `loss` gives the descent direction of gates and placeholder and the ascent
+        direction of the multiplier.
+        """
+        view = self._view()
+        states = view.encode(pixel_values)
+        votes = self.votes(states, layer)
+        mask = votes.rsample().prod(dim=1)  # [B, N]
+        masked_logits = self.masked_logits(pixel_values, states, mask)
+        kl = kl_divergence(states.logits, masked_logits)  # [B]
+        l0 = expected_l0(votes.log_prob_nonzero.sum(dim=1))  # [B]
+        violation = kl.mean() - self.config.eps
+        primal = lagrangian(l0.mean(), kl.mean(), self.multiplier.value[layer], self.config.eps)
+        dual = self.multiplier.dual_objective(layer, violation)
+        # the dual term's value is taken out again so that the reported loss is the Lagrangian itself
+        unchanged = (masked_logits.argmax(-1) == states.logits.argmax(-1)).float()
+        return DiffMaskOutput(primal + dual - dual.detach(), kl.detach(), l0.detach(), unchanged)
+
+    @torch.no_grad()
+    def explain(
+        self, pixel_values: torch.Tensor, layer: int | None = None, aggregated: bool = True, check: bool = True
+    ) -> Explanation:
+        """Masks for images [B, C, H, W]: one forward pass of the base, and one more to check the mask.
+
+        Args:
+            layer: depth 0..K−1 whose mask is shown; the last by default.
+            aggregated: the product of the votes up to `layer` (the explanation) or that gate's vote alone.
+            check: run the base on the masked images as well, for `kl` and `masked_logits`.
+        """
+        gates = self.config.num_gates
+        if layer is not None and not (isinstance(layer, int) and 0 <= layer < gates):
+            raise VDMError("no such layer", where="VisionDiffMask.explain", expected=f"0..{gates - 1} or None", got=repr(layer),
+                           fix="leave layer out to see the final mask")  # fmt: skip
+        view = self._view()
+        states = view.encode(pixel_values)
+        log_prob = combine_votes(self.votes(states).log_prob_nonzero, aggregated)  # [B, K, N]
+        log_prob = log_prob.unflatten(-1, states.grid)  # [B, K, rows, cols]
+        scores = log_prob[:, -1 if layer is None else layer]
+        mask = scores.exp()
+        masked_logits = self.masked_logits(pixel_values, states, mask) if check else None
+        kl = kl_divergence(states.logits, masked_logits) if check else None
+        return Explanation(mask, log_prob.exp(), scores, mask.mean(dim=(1, 2)), states.logits, masked_logits, kl)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """Save gates, placeholder, multipliers and config; the base by name, by relative path, or, when it was never
+        saved, next to them in `base/`."""
+        folder, name = Path(save_directory), self.config.base_name_or_path
+        if not name:
+            self.base.save_pretrained(folder / "base")
+            stored = "base"
+        elif Path(name).is_dir():
+            stored = os.path.relpath(name, folder)
+        else:
+            stored = name  # a Hub name
+        self.config.base_name_or_path = stored
+        try:
+            super().save_pretrained(folder, **kwargs)
+        finally:
+            self.config.base_name_or_path = name or str(folder / "base")
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args, base: PreTrainedModel | None = None, **kwargs
+    ) -> VisionDiffMask:
+        """Load a saved `VisionDiffMask` and its base (or attach `base`), and check that the two belong together."""
+        folder = Path(pretrained_model_name_or_path)
+        try:
+            diffmask = super().from_pretrained(str(folder), *args, use_safetensors=True, **kwargs)
+        except Exception as error:
+            raise VDMError("cannot load the DiffMask", where="VisionDiffMask.from_pretrained",
+                           expected="a folder written by save_pretrained",
+                           got=f"{folder} ({str(error).splitlines()[0] if str(error) else error!r})",
+                           fix="check the path, or train one") from error  # fmt: skip
+        if base is None:
+            name = diffmask.config.base_name_or_path
+            beside = (folder / name).resolve()
+            if beside.is_dir():
+                name = str(beside)
+            base = load_classifier(name)
+            diffmask.config.base_name_or_path = name
+        diffmask.attach(base)
+        return diffmask.eval()

@@ -1,0 +1,118 @@
+"""Differentiable coins: the hard concrete distribution, the networks that load them, and votes over layers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributions import Distribution, constraints
+
+
+class HardConcrete(Distribution):
+    """Hard concrete distribution on [0, 1] with probability mass at its ends (Louizos et al. 2018, section 2.2).
+
+    A logistic sample is squashed by a sigmoid, stretched to (low, high), and clamped to [0, 1].
+
+    Args:
+        log_alpha: location, any shape; large keeps (1), small drops (0).
+        temperature: > 0; small makes samples nearly binary.
+        low, high: ends of the stretch, low < 0 < 1 <= high. With high = 1, as in the reference, P(z = 1) = 0 and a
+            kept gate comes close to 1 without touching it.
+    """
+
+    arg_constraints = {"log_alpha": constraints.real}
+    support = constraints.unit_interval
+    has_rsample = True
+
+    def __init__(self, log_alpha: torch.Tensor, temperature: float = 0.2, low: float = -0.2, high: float = 1.0):
+        if not (temperature > 0 and low < 0 and high >= 1):
+            raise ValueError(f"need temperature > 0, low < 0 and high >= 1, got {temperature}, {low}, {high}")
+        self.log_alpha, self.temperature, self.low, self.high = log_alpha, temperature, low, high
+        super().__init__(batch_shape=log_alpha.shape, validate_args=False)
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> torch.Tensor:
+        """A sample z of shape `sample_shape + log_alpha.shape` through which gradients reach log_alpha."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        tiny = torch.finfo(self.log_alpha.dtype).eps
+        u = torch.rand(shape, dtype=self.log_alpha.dtype, device=self.log_alpha.device).clamp(tiny, 1 - tiny)
+        return hard_concrete_sample(self.log_alpha, u, self.temperature, self.low, self.high)
+
+    @property
+    def log_prob_nonzero(self) -> torch.Tensor:
+        """log P(z ≠ 0), computed without leaving the log domain so that it never saturates to exactly 0 or -inf."""
+        return F.logsigmoid(self.log_alpha - self.temperature * math.log(-self.low / self.high))
+
+    @property
+    def prob_nonzero(self) -> torch.Tensor:
+        """P(z ≠ 0), in closed form."""
+        return prob_nonzero(self.log_alpha, self.temperature, self.low, self.high)
+
+    @property
+    def prob_one(self) -> torch.Tensor:
+        """P(z = 1): zero unless the stretch goes beyond 1."""
+        if self.high == 1:
+            return torch.zeros_like(self.log_alpha)
+        return torch.sigmoid(self.log_alpha - self.temperature * math.log((1 - self.low) / (self.high - 1)))
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """E[z] = ∫₀¹ P(z > t) dt, by the midpoint rule on 512 points (error below 10⁻³; there is no closed form)."""
+        t = (torch.arange(512, dtype=self.log_alpha.dtype, device=self.log_alpha.device) + 0.5) / 512
+        fraction = (t - self.low) / (self.high - self.low)
+        return torch.sigmoid(self.log_alpha.unsqueeze(-1) - self.temperature * torch.logit(fraction)).mean(-1)
+
+
+def hard_concrete_sample(
+    log_alpha: torch.Tensor, u: torch.Tensor, temperature: float = 0.2, low: float = -0.2, high: float = 1.0
+) -> torch.Tensor:
+    """Inverse-CDF sample of a hard concrete gate from uniform noise `u`: same shape as `log_alpha`, in [0, 1]."""
+    concrete = torch.sigmoid((torch.log(u) - torch.log1p(-u) + log_alpha) / temperature)
+    stretched = concrete * (high - low) + low
+    return stretched.clamp(0, 1)
+
+
+def prob_nonzero(
+    log_alpha: torch.Tensor, temperature: float = 0.2, low: float = -0.2, high: float = 1.0
+) -> torch.Tensor:
+    """Closed-form P(z ≠ 0) of a hard concrete gate: same shape as `log_alpha`, in (0, 1)."""
+    return torch.sigmoid(log_alpha - temperature * math.log(-low / high))
+
+
+class GateNetwork(nn.Module):
+    """g_k([h_0; h_k]) → log_alpha: a two-layer perceptron 2d → d/4 → 1 (Vision DiffMask, section 3).
+
+    Args:
+        hidden_size: d.
+        mul, add: log_alpha = mul · tanh(·) + add, so |log_alpha − add| ≤ mul.
+        normalize: LayerNorm without weights on each input. The embeddings of a trained ViT have norm 24–60: without
+            it the inner tanh is saturated before training starts.
+        zero_start: the last layer starts at zero, so that every gate starts at log_alpha = add, wherever it looks.
+    """
+
+    def __init__(self, hidden_size: int, mul: float, add: float, normalize: bool, zero_start: bool):
+        super().__init__()
+        self.mul, self.add, self.normalize = mul, add, normalize
+        self.inner = nn.Linear(2 * hidden_size, max(1, hidden_size // 4))
+        self.outer = nn.Linear(max(1, hidden_size // 4), 1)
+        if zero_start:
+            nn.init.zeros_(self.outer.weight)
+            nn.init.zeros_(self.outer.bias)
+
+    def forward(self, embeddings: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """`embeddings` h_0 and `hidden` h_k, both [B, N, d] → log_alpha [B, N]."""
+        if self.normalize:
+            embeddings = F.layer_norm(embeddings, embeddings.shape[-1:])
+            hidden = F.layer_norm(hidden, hidden.shape[-1:])
+        seen = torch.cat([embeddings, hidden], dim=-1)  # [B, N, 2d]
+        vote = self.outer(torch.tanh(self.inner(seen))).squeeze(-1)  # [B, N]
+        return self.mul * torch.tanh(vote) + self.add
+
+
+def combine_votes(log_prob: torch.Tensor, aggregated: bool = True) -> torch.Tensor:
+    """Votes of K gates [B, K, N] → what each depth says: the product of the votes so far, or each vote alone.
+
+    In the log domain a product is a sum: `aggregated` is a cumulative sum over layers (paper, section 3).
+    """
+    return log_prob.cumsum(dim=1) if aggregated else log_prob

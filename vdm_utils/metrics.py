@@ -1,0 +1,70 @@
+"""How good is a mask? Agreement with a known truth."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from vdm_utils.data import Pictures
+from vdm_utils.diffmask import VisionDiffMask
+
+
+def on_grid(truth: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """A truth [B, rows, cols] of any resolution on the patch grid: the mean over each patch, [B, *grid]."""
+    truth = truth.float()
+    return (
+        truth if tuple(truth.shape[-2:]) == tuple(grid) else F.interpolate(truth[:, None], size=grid, mode="area")[:, 0]
+    )
+
+
+def patch_iou(mask: torch.Tensor, truth: torch.Tensor, threshold: float = 0.5) -> torch.Tensor:
+    """Intersection over union of the kept patches (mask > threshold) with the true ones, per image: [B].
+
+    Two empty sets agree: 1.
+    """
+    kept, true = mask > threshold, on_grid(truth, mask.shape[-2:]) > 0.5
+    shared, either = (kept & true).sum((1, 2)), (kept | true).sum((1, 2))
+    return torch.where(either > 0, shared / either.clamp(min=1), torch.ones_like(shared, dtype=torch.float))
+
+
+def jensen_shannon(mask: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Jensen–Shannon divergence in nats (0..log 2) between mask and truth, each normalised to sum 1: [B].
+
+    As in De Cao et al. 2020. NaN where the truth is empty: there is no distribution to compare with.
+    """
+    true = on_grid(truth, mask.shape[-2:]).flatten(1)
+    p = mask.flatten(1) / mask.flatten(1).sum(1, keepdim=True).clamp(min=1e-12)
+    q = true / true.sum(1, keepdim=True)
+    middle = (p + q) / 2
+
+    def relative_entropy(a):
+        return torch.where(a > 0, a * (a / middle).log(), torch.zeros_like(a)).sum(1)
+
+    return (relative_entropy(p) + relative_entropy(q)) / 2
+
+
+@torch.no_grad()
+def truth_report(diffmask: VisionDiffMask, data: Pictures, batch_size: int = 250) -> dict[str, float]:
+    """What the shown masks of a dataset with a known truth are worth; every value is a mean over images.
+
+    `iou` and `js` as above; `kl` in nats; `feasible`: share with KL ≤ ε; `kept`: mask mean; `kept_true` and
+    `kept_other`: mean of the mask on the true patches and on the others.
+    """
+    collected: dict[str, list[torch.Tensor]] = {}
+    for batch in DataLoader(data, batch_size):
+        shown = diffmask.explain(batch["pixel_values"].to(diffmask.device))
+        mask = shown.mask.cpu()
+        true = on_grid(batch["truth"], mask.shape[-2:]) > 0.5
+        values = {
+            "iou": patch_iou(mask, batch["truth"]),
+            "js": jensen_shannon(mask, batch["truth"]),
+            "kl": shown.kl.cpu(),
+            "feasible": (shown.kl.cpu() <= diffmask.config.eps).float(),
+            "kept": shown.kept.cpu(),
+            "kept_true": mask[true],
+            "kept_other": mask[~true],
+        }
+        for name, value in values.items():
+            collected.setdefault(name, []).append(value)
+    return {name: torch.cat(parts).nanmean().item() for name, parts in collected.items()}

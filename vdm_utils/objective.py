@@ -1,0 +1,70 @@
+"""What Vision DiffMask minimises: few kept patches, and an output distribution that has not moved.
+
+max over α ≥ 0, min over gates and placeholder:  E[fraction kept] + α · (KL(f(x) ‖ f(x masked)) − ε)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def mask_embeddings(embeddings: torch.Tensor, mask: torch.Tensor, placeholder: torch.Tensor) -> torch.Tensor:
+    """e' = z·e + (1 − z)·b: patches [B, N, d] blended with the placeholder [d] by the mask [B, N]."""
+    z = mask.unsqueeze(-1)
+    return z * embeddings + (1 - z) * placeholder
+
+
+def kl_divergence(logits: torch.Tensor, masked_logits: torch.Tensor) -> torch.Tensor:
+    """KL(f(x) ‖ f(x masked)) in nats, per image: [B, C], [B, C] → [B]."""
+    log_p = F.log_softmax(logits, dim=-1)
+    log_q = F.log_softmax(masked_logits, dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+
+def expected_l0(log_prob: torch.Tensor) -> torch.Tensor:
+    """Expected fraction of patches kept: mean over patches of P(z ≠ 0), from its log [B, N] → [B].
+
+    The probability, not its logarithm: the mean of a logarithm rewards only patches that are already nearly gone.
+    """
+    return log_prob.exp().mean(dim=-1)
+
+
+def lagrangian(l0: torch.Tensor, kl: torch.Tensor, multiplier: torch.Tensor | float, epsilon: float) -> torch.Tensor:
+    """The saddle point's value: sparsity + α · (KL − ε)."""
+    return l0 + multiplier * (kl - epsilon)
+
+
+class Multiplier(nn.Module):
+    """One Lagrange multiplier α_k ≥ 0 per gate, kept in [minimum, maximum] after every optimizer step.
+
+    `log_space`: the parameter is ρ = log α, so that α grows and shrinks by a factor per step instead of by a constant.
+    The floor matters: with α near 0 a mask that has overshot gets no signal to come back.
+    """
+
+    def __init__(self, count: int, start: float, minimum: float, maximum: float, log_space: bool):
+        super().__init__()
+        if not 0 <= minimum <= start <= maximum or (log_space and minimum <= 0):
+            raise ValueError(
+                f"need 0 <= minimum <= start <= maximum (0 < in log space), got {minimum}, {start}, {maximum}"
+            )
+        self.log_space = log_space
+        self.bounds = (math.log(minimum), math.log(maximum)) if log_space else (minimum, maximum)
+        self.parameter = nn.Parameter(torch.full((count,), math.log(start) if log_space else float(start)))
+
+    @property
+    def value(self) -> torch.Tensor:
+        """α, shape [K]."""
+        return (self.parameter.exp() if self.log_space else self.parameter).detach()
+
+    def dual_objective(self, layer: int, violation: torch.Tensor) -> torch.Tensor:
+        """A scalar whose gradient is KL − ε on the parameter of `layer`: *ascend* it (maximize=True)."""
+        return self.parameter[layer] * violation.detach()
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Project back onto the allowed interval."""
+        self.parameter.clamp_(*self.bounds)

@@ -1,0 +1,112 @@
+"""Every figure, in one language: masks in cividis on 0..1, the same widths, every panel titled."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from transformers import TrainerCallback
+
+from vdm_utils.data import Pictures
+from vdm_utils.diffmask import Explanation, VisionDiffMask
+
+MASK_COLOURS = "cividis"  # readable in grey and with colour-blind eyes
+PANEL = 1.6  # inches per small picture
+WIDTH = 7.2  # inches of a full-width figure
+
+
+def to_image(pixel_values: torch.Tensor) -> np.ndarray:
+    """A normalised picture [C, H, W] in −1..1 as an array [H, W, 3] in 0..1."""
+    image = (pixel_values.detach().cpu().float() * 0.5 + 0.5).clamp(0, 1)
+    return image.expand(3, -1, -1).permute(1, 2, 0).numpy()
+
+
+def masked_image(pixel_values: torch.Tensor, pixel_mask: torch.Tensor, grey: float = 0.0) -> torch.Tensor:
+    """Pictures [B, C, H, W] with dropped pixels faded to `grey` (in −1..1) by the mask [B, H, W]."""
+    mask = pixel_mask[:, None]
+    return pixel_values * mask + grey * (1 - mask)
+
+
+def show_image(axes, pixel_values: torch.Tensor, title: str = "") -> None:
+    """One picture [C, H, W] without ticks."""
+    axes.imshow(to_image(pixel_values), interpolation="nearest")
+    axes.set_title(title, fontsize=8)
+    axes.set_xticks([]), axes.set_yticks([])
+
+
+def show_mask(axes, mask: torch.Tensor, title: str = ""):
+    """One mask [rows, cols] in 0..1; returns the picture, for a colour bar."""
+    picture = axes.imshow(mask.detach().cpu().numpy(), cmap=MASK_COLOURS, vmin=0, vmax=1, interpolation="nearest")
+    axes.set_title(title, fontsize=8)
+    axes.set_xticks([]), axes.set_yticks([])
+    return picture
+
+
+def picture_grid(
+    rows: dict[str, Sequence[torch.Tensor]], titles: dict[str, Sequence[str]] | None = None, limit: int = 8
+) -> Figure:
+    """A grid of panels, one row per name; a tensor [C, H, W] is drawn as a picture, [rows, cols] as a mask.
+
+    `titles` gives the panels of a row their titles. Masks share one colour bar.
+    """
+    titles = titles or {}
+    columns = min(limit, max(len(panels) for panels in rows.values()))
+    size = (columns * PANEL + 0.9, len(rows) * (PANEL + 0.28))
+    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
+    bar = None
+    for line, (name, panels) in zip(axes, rows.items(), strict=True):
+        for column, axis in enumerate(line):
+            if column >= len(panels):
+                axis.axis("off")
+                continue
+            text = titles.get(name, [""] * columns)[column]
+            if panels[column].dim() == 2:
+                bar = show_mask(axis, panels[column], text)
+            else:
+                show_image(axis, panels[column], text)
+        line[0].set_ylabel(name, fontsize=9)
+    if bar is not None:
+        figure.colorbar(bar, ax=axes, shrink=0.7, label="P(z ≠ 0): 0 dropped, 1 kept")
+    return figure
+
+
+def explanation_grid(
+    pixel_values: torch.Tensor, shown: Explanation, id2label: dict[int, str], truth: torch.Tensor | None = None
+) -> Figure:
+    """Input, mask (with kept % and KL), masked input (with the class before → after), and the truth when it is known."""
+    pixel_mask = shown.pixel_mask(*pixel_values.shape[-2:])
+    before, after = shown.logits.argmax(-1).tolist(), shown.masked_logits.argmax(-1).tolist()
+    rows = {"input": pixel_values, "mask": shown.mask, "masked input": masked_image(pixel_values, pixel_mask)}
+    titles = {
+        "input": [id2label[b] for b in before],
+        "mask": [f"kept {k:.0%}, KL {d:.3f}" for k, d in zip(shown.kept.tolist(), shown.kl.tolist(), strict=True)],
+        "masked input": [id2label[a] + ("" if a == b else " (changed)") for a, b in zip(after, before, strict=True)],
+    }
+    if truth is not None:
+        rows["truth"] = truth
+    return picture_grid(rows, titles)
+
+
+def to_png(figure: Figure, dpi: int = 100) -> bytes:
+    """A figure as PNG bytes; the figure is closed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+class SampleImages(TrainerCallback):
+    """Draws the explanation of the first `count` pictures of a dataset at every evaluation: `samples-<step>.png`."""
+
+    def __init__(self, data: Pictures, count: int):
+        self.data, self.batch = data, data.batch(range(min(count, len(data))))
+
+    def on_evaluate(self, args, state, control, model: VisionDiffMask, **kwargs):
+        pictures = self.batch["pixel_values"].to(model.device)
+        figure = explanation_grid(pictures, model.explain(pictures), self.data.id2label, self.batch.get("truth"))
+        Path(args.output_dir, f"samples-{state.global_step}.png").write_bytes(to_png(figure))

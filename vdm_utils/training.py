@@ -1,0 +1,447 @@
+"""Both training jobs, thin over `transformers.Trainer`: the classifier, and the DiffMask that explains it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, default_collate
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from vdm_utils.data import DATASETS, Pictures
+from vdm_utils.diffmask import DiffMaskOutput, VisionDiffMask
+from vdm_utils.errors import VDMError, unknown_name
+
+# A layer counts as settled when its class is kept this often with this fraction of patches (De Cao et al. 2020's code);
+# with --weighted_layer_distribution it is then drawn ten times less often.
+SETTLED_ACCURACY, SETTLED_L0, SETTLED_WEIGHT = 0.75, 0.1, 0.1
+
+
+def option(default, text: str):
+    """A settings field with its help text."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class RunSettings:
+    """What both training jobs share; the reference's names and defaults where it has them."""
+
+    dataset: Literal[DATASETS] = option("toy", "task to train on")
+    data_dir: str = option("data/", "where MNIST and CIFAR10 are looked for before $VDM_DATA_DIR and a download")
+    image_size: int | None = option(None, "side of the square picture in pixels; default: the dataset's own")
+    grid_size: int = option(3, "cells per side of a counting grid (2-8)")
+    class_idx: int = option(3, "class that is counted")
+    add_noise: bool = option(False, "augment training images with Gaussian noise, std 1")
+    add_rotation: bool = option(False, "augment training images with rotations of ±20 degrees")
+    add_blur: bool = option(False, "augment training images with a Gaussian blur, kernel 3")
+    add_flip: bool = option(False, "augment training images with left-right flips")
+    add_shift: bool = option(False, "augment training images with shifts of up to 1/8 of the side")
+    batch_size: int = option(32, "images per step and device")
+    num_workers: int = option(4, "processes that load data; 0 loads in the main process")
+    num_epochs: float = option(5, "passes over the training data")
+    max_steps: int = option(-1, "stop after this many steps; -1: after num_epochs")
+    seed: int = option(123, "random seed of weights, data order and sampling")
+    log_every_n_steps: int = option(200, "steps between log lines, evaluations and checkpoints")
+    enable_progress_bar: bool = option(False, "show a progress bar")
+    report_to: str = option("none", "tracker: none, tensorboard, trackio, wandb; metrics.csv is always written")
+    output_dir: str | None = option(None, "where the run is written; default: a folder under runs/")
+    recipe: Literal["reference", "quick", "paper"] = option("reference", "named set of defaults; flags win over it")
+
+    def augmentations(self) -> tuple[str, ...]:
+        """The chosen names from `data.AUGMENTATIONS`."""
+        return tuple(n for n in ("flip", "shift", "rotation", "blur", "noise") if getattr(self, f"add_{n}"))
+
+    def data_options(self) -> dict:
+        """Keyword arguments for `load_data`."""
+        names = ("data_dir", "image_size", "grid_size", "class_idx", "seed")
+        return {name: getattr(self, name) for name in names} | {"augment": self.augmentations()}
+
+    def validate(self) -> None:
+        """Raise `VDMError` for a number that no training run can use."""
+        for name, value in vars(self).items():
+            if name in ("batch_size", "log_every_n_steps", "num_epochs") and not value > 0:
+                raise _out_of_range(name, "a positive number", value)
+            if name.startswith("lr") and name != "lr_schedule" and not 0 <= value <= 1e3:
+                raise _out_of_range(name, "a number from 0 to 1000", value)
+
+
+@dataclass
+class ClassifierSettings(RunSettings):
+    """Settings of `train-base`."""
+
+    base_model: Literal["ViT", "ConvNeXt"] = option("ViT", "architecture of a base trained from scratch")
+    size: Literal["tiny", "small", "base"] = option("tiny", "size of a base trained from scratch")
+    patch_size: int | None = option(None, "patch side in pixels of a base trained from scratch; default: the dataset's")
+    from_pretrained: str | None = option(None, "Hub name or folder of a classifier to start from")
+    checkpoint: str | None = option(None, "checkpoint folder of an interrupted run to resume, or 'last'")
+    optimizer: Literal["AdamW", "RAdam"] = option("AdamW", "optimizer")
+    weight_decay: float = option(1e-2, "weight decay")
+    lr: float = option(5e-5, "learning rate")
+    lr_schedule: Literal["constant", "linear", "cosine"] = option("constant", "learning rate after warm-up")
+    warmup_steps: int = option(0, "steps of linear warm-up")
+    patch_dropout: float = option(0.0, "fraction of patches left out of every training image; saves as much time")
+    patience: int = option(5, "stop after this many evaluations without a better validation accuracy")
+
+
+@dataclass
+class DiffMaskSettings(RunSettings):
+    """Settings of `train`."""
+
+    dataset: Literal[DATASETS] = option("CIFAR10", "task to train on")
+    base_model: Literal["ViT"] = option("ViT", "architecture of the base")
+    from_pretrained: str = option(
+        "tanlq/vit-base-patch16-224-in21k-finetuned-cifar10", "Hub name or folder of the classifier to explain"
+    )
+    diffmask_checkpoint: str | None = option(None, "checkpoint folder of an interrupted run to resume, or 'last'")
+    sample_images: int = option(8, "images of the picture grid that is drawn at every evaluation")
+    alpha: float = option(20.0, "start of the Lagrange multipliers")
+    alpha_min: float = option(0.0, "lower bound of the multipliers")
+    alpha_max: float = option(200.0, "upper bound of the multipliers")
+    log_multiplier: bool = option(False, "learn log(alpha) instead of alpha")
+    eps: float = option(0.1, "KL divergence in nats that a masked image may cost")
+    lr: float = option(2e-5, "learning rate of the gates")
+    lr_placeholder: float = option(1e-3, "learning rate of the placeholder")
+    lr_alpha: float = option(0.3, "learning rate of the multipliers (of their logarithm with log_multiplier)")
+    gate_warmup_steps: int = option(1200, "steps of linear warm-up of the gates")
+    adam_beta2: float = option(0.999, "second-moment decay of Adam")
+    mul_activation: float = option(15.0, "log_alpha = mul · tanh(·) + add")
+    add_activation: float = option(8.0, "log_alpha = mul · tanh(·) + add")
+    normalize: bool = option(False, "LayerNorm, without weights, on the inputs of the gates")
+    zero_start: bool = option(False, "start the last layer of every gate at zero")
+    no_placeholder: bool = option(False, "replace dropped patches by zeros instead of a learned placeholder")
+    weighted_layer_distribution: bool = option(False, "draw layers that are already accurate and sparse less often")
+
+    def config(self) -> dict:
+        """Keyword arguments for `VisionDiffMask.for_classifier`."""
+        names = ("alpha", "alpha_min", "alpha_max", "log_multiplier", "eps", "mul_activation", "add_activation",
+                 "normalize", "zero_start", "no_placeholder")  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+    def validate(self) -> None:
+        """Raise `VDMError` for a number that no training run can use."""
+        super().validate()
+        if not self.eps > 0:
+            raise _out_of_range("eps", "a positive number", self.eps)
+        low = 1e-6 if self.log_multiplier else 0
+        if not low <= self.alpha_min <= self.alpha <= self.alpha_max:
+            raise _out_of_range("alpha", f"{low} <= alpha_min <= alpha <= alpha_max",
+                                f"{self.alpha_min}, {self.alpha}, {self.alpha_max}")  # fmt: skip
+
+
+# Named sets of defaults. `reference` is the dataclass itself.
+RECIPES: dict[str, dict[type, dict]] = {
+    "reference": {ClassifierSettings: {}, DiffMaskSettings: {}},
+    # from scratch on two CPU cores; measured in benchmarks/toy_recovery.py
+    "quick": {
+        ClassifierSettings: {"lr": 1e-3, "lr_schedule": "cosine", "warmup_steps": 100, "batch_size": 64, "num_workers": 0},
+        DiffMaskSettings: {
+            "lr": 1e-3, "lr_placeholder": 1e-2, "lr_alpha": 0.03, "adam_beta2": 0.95, "gate_warmup_steps": 0,
+            "alpha": 10.0, "alpha_min": 1.0, "log_multiplier": True, "add_activation": 2.0, "normalize": True,
+            "zero_start": True, "max_steps": 1500, "num_workers": 0, "dataset": "toy",
+        },
+    },
+    # the paper's run: 20 epochs at 224×224 on a GPU
+    "paper": {
+        ClassifierSettings: {"dataset": "CIFAR10", "image_size": 224, "size": "base", "patch_size": 16, "num_epochs": 20},
+        DiffMaskSettings: {"image_size": 224, "num_epochs": 20},
+    },
+}  # fmt: skip
+
+
+def settings(kind: type, recipe: str = "reference", **changes) -> ClassifierSettings | DiffMaskSettings:
+    """The settings of a recipe with `changes` on top: `settings(DiffMaskSettings, "quick", eps=0.05)`."""
+    if recipe not in RECIPES:
+        raise unknown_name("recipe", recipe, RECIPES, "settings")
+    return kind(**{"recipe": recipe, **RECIPES[recipe][kind], **changes})
+
+
+def _out_of_range(name, expected, got) -> VDMError:
+    return VDMError(
+        f"{name} is out of range", where="training settings", expected=expected, got=got, fix=f"change {name}"
+    )
+
+
+# ---------------------------------------------------------------- what both jobs share
+
+
+class MetricsFile(TrainerCallback):
+    """Writes everything that was logged to `metrics.csv`; a resumed run keeps the rows from before."""
+
+    def on_log(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            pd.DataFrame(state.log_history).to_csv(Path(args.output_dir) / "metrics.csv", index=False)
+
+
+def _arguments(chosen: RunSettings, output_dir: Path, optimizer: str, **more) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=chosen.batch_size,
+        per_device_eval_batch_size=max(chosen.batch_size, 128),
+        num_train_epochs=chosen.num_epochs,
+        max_steps=chosen.max_steps,
+        learning_rate=chosen.lr,
+        optim=optimizer,
+        logging_steps=chosen.log_every_n_steps,
+        dataloader_num_workers=chosen.num_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=not chosen.enable_progress_bar,
+        report_to=chosen.report_to,
+        seed=chosen.seed,
+        **more,
+    )
+
+
+def _finish(trainer: Trainer, chosen: RunSettings, resume: str | None) -> None:
+    """Run a Trainer from the start or from a checkpoint; `resume` is a folder, 'last' or None."""
+    trainer.remove_callback(PrinterCallback)  # metrics go to metrics.csv, not to stdout
+    trainer.add_callback(MetricsFile)
+    if resume == "last":
+        resume = get_last_checkpoint(trainer.args.output_dir)
+    elif resume is not None and not Path(resume, "trainer_state.json").is_file():
+        raise VDMError("nothing to resume", where="training", expected="a checkpoint-N folder of an earlier run", got=resume,
+                       fix="name one, or leave it out to start anew")  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_state()
+
+
+@contextmanager
+def dropped_patches(model: PreTrainedModel, fraction: float) -> Iterator[None]:
+    """While training, leave a random `fraction` of the patches out of every image, after positions are added.
+
+    The transformer then works on the rest: at 0.5 a step costs half. Liu et al. 2023 (arXiv 2208.07220) report no loss
+    of accuracy, and the model learns to live with missing patches.
+    """
+    if not fraction:
+        yield
+        return
+    embeddings = next(
+        m for n, m in model.named_modules() if n.endswith("embeddings") and hasattr(m, "patch_embeddings")
+    )
+
+    def drop(module: nn.Module, inputs, output: torch.Tensor) -> torch.Tensor:
+        if not module.training:
+            return output
+        batch, tokens, _ = output.shape
+        patches = module.patch_embeddings.num_patches
+        prefix, kept = tokens - patches, max(1, round(patches * (1 - fraction)))
+        order = torch.rand(batch, patches, device=output.device).argsort(dim=1)[:, :kept] + prefix  # [B, kept]
+        index = torch.cat([torch.arange(prefix, device=output.device).expand(batch, -1), order], dim=1)
+        return output.gather(1, index.unsqueeze(-1).expand(-1, -1, output.shape[-1]))
+
+    handle = embeddings.register_forward_hook(drop)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+# ---------------------------------------------------------------- the classifier
+
+
+class ClassifierTrainer(Trainer):
+    """A Trainer that really loads what it saved.
+
+    `save_pretrained` writes a ViT under its published weight names, and Trainer (5.23) reads a checkpoint back with
+    `load_state_dict(strict=False)`, which skips every renamed weight: a resumed run would go on from whatever was in
+    memory. `from_pretrained` knows the names.
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        saved = type(self.model).from_pretrained(resume_from_checkpoint, use_safetensors=True)
+        self.model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def train_classifier(
+    model: PreTrainedModel,
+    train_data: Pictures,
+    eval_data: Pictures,
+    chosen: ClassifierSettings,
+    output_dir: str | Path,
+    resume: str | None = None,
+) -> dict[str, float]:
+    """Train `model` in place, keep the best validation accuracy, and save it to `output_dir`.
+
+    Returns the validation metrics of the kept weights (`eval_accuracy` in 0..1, `eval_loss` in nats).
+    """
+    chosen.validate()
+    output_dir = Path(output_dir)
+    steps = (
+        {"eval_strategy": "steps", "save_strategy": "steps"}
+        if chosen.max_steps > 0
+        else {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    )
+    arguments = _arguments(
+        chosen, output_dir, {"AdamW": "adamw_torch", "RAdam": "radam"}[chosen.optimizer],
+        weight_decay=chosen.weight_decay, lr_scheduler_type=chosen.lr_schedule if not chosen.warmup_steps or chosen.lr_schedule != "constant" else "constant_with_warmup",
+        warmup_steps=chosen.warmup_steps, eval_steps=chosen.log_every_n_steps, save_steps=chosen.log_every_n_steps,
+        save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="accuracy", greater_is_better=True, **steps,
+    )  # fmt: skip
+    trainer = ClassifierTrainer(
+        model,
+        arguments,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        data_collator=default_collate,
+        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+        callbacks=[EarlyStoppingCallback(chosen.patience)],
+    )
+    with dropped_patches(model, chosen.patch_dropout):
+        _finish(trainer, chosen, resume)
+    trainer.save_model()
+    model.name_or_path = str(output_dir)
+    model.eval()
+    return trainer.evaluate()
+
+
+@torch.no_grad()
+def evaluate_classifier(model: PreTrainedModel, data: Pictures, batch_size: int = 128) -> dict[str, float]:
+    """`accuracy` (0..1) and mean `confidence` of the predicted class (0..1) over a dataset."""
+    model.eval()
+    right, confidence = [], []
+    for batch in DataLoader(data, batch_size):
+        probability = model(batch["pixel_values"].to(model.device)).logits.softmax(-1).cpu()
+        top = probability.max(-1)
+        right.append(top.indices == batch["labels"])
+        confidence.append(top.values)
+    return {"accuracy": torch.cat(right).float().mean().item(), "confidence": torch.cat(confidence).mean().item()}
+
+
+# ---------------------------------------------------------------- the DiffMask
+
+
+class DiffMaskTrainer(Trainer):
+    """One random layer per step, one backward pass for both players of the min–max game."""
+
+    def __init__(self, diffmask: VisionDiffMask, arguments: TrainingArguments, chosen: DiffMaskSettings, **kwargs):
+        super().__init__(diffmask, arguments, data_collator=default_collate, **kwargs)
+        self.chosen = chosen
+        self.recent: list[torch.Tensor] = []  # (KL, L0) of the steps since the last log line
+
+    def create_optimizer(self, model=None):
+        diffmask, chosen = self.model, self.chosen
+        groups = [{"params": list(diffmask.gates.parameters()), "lr": chosen.lr}]
+        if diffmask.placeholder is not None:
+            groups.append({"params": [diffmask.placeholder], "lr": chosen.lr_placeholder})
+        # the other player: maximize=True makes this group *ascend* the gradient of the same backward pass
+        groups.append({"params": list(diffmask.multiplier.parameters()), "lr": chosen.lr_alpha, "maximize": True})
+        self.optimizer = torch.optim.Adam(groups, betas=(0.9, chosen.adam_beta2), fused=True)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        warmup = self.chosen.gate_warmup_steps
+
+        def gates_only(step: int) -> float:
+            return min(1.0, (step + 1) / warmup) if warmup else 1.0
+
+        rules = [gates_only] + [lambda step: 1.0] * (len(self.optimizer.param_groups) - 1)
+        self.lr_scheduler = LambdaLR(self.optimizer, rules)
+        return self.lr_scheduler
+
+    def draw_layer(self) -> int:
+        """The depth of this step: uniform, or by weight when settled layers are to be drawn less often."""
+        count = self.model.config.num_gates
+        weight = torch.ones(count)
+        if self.chosen.weighted_layer_distribution:
+            accuracy, l0 = self.model.running.cpu()
+            weight[(accuracy > SETTLED_ACCURACY) & (l0 < SETTLED_L0)] = SETTLED_WEIGHT
+        return int(torch.multinomial(weight, 1))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        layer = self.draw_layer()
+        output: DiffMaskOutput = model(inputs["pixel_values"], layer=layer)
+        self.recent.append(torch.stack([output.kl.mean(), output.l0.mean()]))
+        with torch.no_grad():  # running averages over about 10 visits of the layer
+            seen = torch.stack([output.unchanged.mean(), output.l0.mean()])
+            self.model.running[:, layer] += 0.1 * (seen - self.model.running[:, layer])
+        return (output.loss, output) if return_outputs else output.loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.recent and "loss" in logs:
+            kl, l0 = torch.stack(self.recent).mean(0).tolist()
+            alpha = self.model.multiplier.value
+            logs |= {"train_kl": kl, "train_l0": l0, "alpha_mean": alpha.mean().item(), "alpha_last": alpha[-1].item()}
+            self.recent.clear()
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        metrics = evaluate_diffmask(self.model, eval_dataset or self.eval_dataset, self.args.per_device_eval_batch_size)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class ClampMultiplier(TrainerCallback):
+    """Keeps the multipliers in their interval after every optimizer step."""
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        getattr(model, "module", model).multiplier.clamp_()
+
+
+def train_diffmask(
+    diffmask: VisionDiffMask,
+    train_data: Pictures,
+    eval_data: Pictures,
+    chosen: DiffMaskSettings,
+    output_dir: str | Path,
+    resume: str | None = None,
+    callbacks: tuple[TrainerCallback, ...] = (),
+) -> dict[str, float]:
+    """Train gates, placeholder and multipliers in place and save them to `output_dir`.
+
+    Returns `evaluate_diffmask` on `eval_data`, with an `eval_` before every name.
+    """
+    chosen.validate()
+    output_dir = Path(output_dir)
+    if not diffmask.config.base_name_or_path:  # a base that was never saved goes with the run
+        diffmask.base.save_pretrained(output_dir / "base")
+        diffmask.config.base_name_or_path = str(output_dir / "base")
+    # weights do not depend on what ran before in this process
+    set_seed(chosen.seed)
+    arguments = _arguments(
+        chosen, output_dir, "adamw_torch", max_grad_norm=0.0, eval_strategy="steps", eval_steps=chosen.log_every_n_steps,
+        save_strategy="steps", save_steps=chosen.log_every_n_steps, save_total_limit=2, remove_unused_columns=False,
+        ddp_find_unused_parameters=True,
+    )  # fmt: skip
+    trainer = DiffMaskTrainer(
+        diffmask, arguments, chosen, train_dataset=train_data, eval_dataset=eval_data,
+        callbacks=[ClampMultiplier(), *callbacks],
+    )  # fmt: skip
+    _finish(trainer, chosen, resume)
+    trainer.save_model()
+    diffmask.eval()
+    return trainer.evaluate()
+
+
+@torch.no_grad()
+def evaluate_diffmask(diffmask: VisionDiffMask, data: Pictures, batch_size: int = 128) -> dict[str, float]:
+    """Facts about the *shown* masks over a dataset.
+
+    `kl`: mean in nats. `feasible`: share of images with KL ≤ ε. `unchanged`: share whose predicted class stays.
+    `kept`: mean of the mask. On tasks with a known truth also `iou` and `js` (see `metrics`).
+    """
+    parts = []
+    for batch in DataLoader(data, batch_size):
+        shown = diffmask.explain(batch["pixel_values"].to(diffmask.device))
+        unchanged = shown.masked_logits.argmax(-1) == shown.logits.argmax(-1)
+        parts.append(torch.stack([shown.kl, (shown.kl <= diffmask.config.eps).float(), unchanged.float(), shown.kept]))
+    return dict(zip(("kl", "feasible", "unchanged", "kept"), torch.cat(parts, 1).mean(1).tolist(), strict=True))

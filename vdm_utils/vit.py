@@ -1,0 +1,257 @@
+"""The classifier to explain: build one, load one, and see or replace its patch embeddings.
+
+`PatchView` is the one place that touches a model's inside. It asks for nothing but what every Hugging Face vision
+transformer has: a module that turns pixels into patch embeddings (`get_input_embeddings`) and a list of
+`num_hidden_layers` layers. ViT, DeiT, DINOv2, BEiT and SigLIP therefore need no code of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForImageClassification,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from vdm_utils.errors import VDMError, unknown_name
+
+logger = logging.getLogger(__name__)
+
+# hidden size, layers, heads, width of the MLP: `tiny` trains in a minute on a laptop, `base` is ViT-B
+VIT_SIZES = {"tiny": (64, 4, 4, 128), "small": (192, 6, 6, 384), "base": (768, 12, 12, 3072)}
+CONVNEXT_SIZES = {
+    "tiny": ((32, 64), (2, 2)),
+    "small": ((48, 96, 192), (2, 2, 4)),
+    "base": ((96, 192, 384, 768), (3, 3, 9, 3)),
+}
+
+
+def build_classifier(
+    architecture: str = "vit",
+    size: str = "tiny",
+    image_size: int | tuple[int, int] = 48,
+    patch_size: int | tuple[int, int] = 16,
+    num_channels: int = 3,
+    num_labels: int = 10,
+    id2label: dict[int, str] | None = None,
+) -> PreTrainedModel:
+    """A classifier with random weights, from torch's global random state.
+
+    Args:
+        architecture: `vit` (can be explained by Vision DiffMask) or `convnext` (a base for comparison).
+        size: `tiny`, `small` or `base` (the published ViT-B / ConvNeXt-T).
+        image_size, patch_size: pixels, one number or (height, width).
+        id2label: class names; `num_labels` is taken from it when it is given.
+    Raises:
+        VDMError: for an unknown architecture or size, or patches that do not tile the image.
+    """
+    where = "build_classifier"
+    sizes = {"vit": VIT_SIZES, "convnext": CONVNEXT_SIZES}
+    if str(architecture).lower() not in sizes:
+        raise unknown_name("architecture", architecture, sizes, where)
+    if size not in VIT_SIZES:
+        raise unknown_name("size", size, VIT_SIZES, where)
+    image, patch = _pair(image_size), _pair(patch_size)
+    if min(*image, *patch) < 1 or image[0] % patch[0] or image[1] % patch[1]:
+        raise VDMError("the patches do not tile the image", where=where, expected="image_size a multiple of patch_size",
+                       got=f"image {image}, patch {patch}", fix="change one of the two")  # fmt: skip
+    id2label = id2label or {i: str(i) for i in range(num_labels)}
+    shared = {
+        "num_channels": num_channels,
+        "id2label": id2label,
+        "label2id": {v: k for k, v in id2label.items()},
+    }
+    if str(architecture).lower() == "convnext":
+        widths, depths = CONVNEXT_SIZES[size]
+        return ConvNextForImageClassification(
+            ConvNextConfig(
+                hidden_sizes=list(widths),
+                depths=list(depths),
+                num_stages=len(widths),
+                patch_size=min(patch),
+                image_size=max(image),
+                **shared,
+            )
+        )
+    hidden, layers, heads, intermediate = VIT_SIZES[size]
+    config = ViTConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=intermediate,
+        image_size=image[0] if image[0] == image[1] else list(image),
+        patch_size=patch[0] if patch[0] == patch[1] else list(patch),
+        **shared,
+    )
+    return ViTForImageClassification(config)
+
+
+def load_classifier(name_or_path: str, num_labels: int | None = None) -> PreTrainedModel:
+    """Load a classifier from a folder or the Hugging Face Hub (safetensors only, no remote code).
+
+    The head is replaced by a fresh one, and a warning says so, when `num_labels` differs from the checkpoint's.
+
+    Raises:
+        VDMError: when there is no such folder or Hub name, or its files cannot be read.
+    """
+    options = {} if num_labels is None else {"num_labels": num_labels, "ignore_mismatched_sizes": True}
+    try:
+        model, report = AutoModelForImageClassification.from_pretrained(
+            str(name_or_path), use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
+        )
+    except Exception as error:  # transformers raises OSError, ValueError, SafetensorError … depending on the cause
+        raise VDMError("cannot load the classifier", where="load_classifier", expected="a folder written by save_pretrained "
+                       "or a Hub name", got=f"{name_or_path} ({str(error).splitlines()[0] if str(error) else error!r})",
+                       fix="check the name, or the network") from error  # fmt: skip
+    if report["mismatched_keys"]:
+        logger.warning("new head: %s now predicts %s classes and must be fine-tuned", name_or_path, num_labels)
+    return model.eval()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 (hex) of every weight of a model: name, dtype, shape and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        # viewed as bytes so that bfloat16, which numpy does not know, can be hashed too
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class PatchStates:
+    """What a classifier computed on whole images.
+
+    embeddings: [B, N, d] output of the patch projection, before positions are added.
+    hidden: K = L + 2 tensors [B, N, d]: the embeddings, the input of each of the L layers, the output of the last;
+        patches only, prefix tokens ([CLS], distillation, registers) left out.
+    logits: [B, C].  grid: (rows, cols) with rows · cols = N.
+    """
+
+    embeddings: torch.Tensor
+    hidden: list[torch.Tensor]
+    logits: torch.Tensor
+    grid: tuple[int, int]
+
+
+class PatchView:
+    """See and replace the patch embeddings of a Hugging Face vision transformer.
+
+    Every call runs the model in evaluation mode with frozen weights and leaves it as it was: same mode, same
+    `requires_grad`, no hooks, also when the model raises.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        config = getattr(model.config, "vision_config", model.config)
+        name = type(model).__name__
+        layer_count = getattr(config, "num_hidden_layers", None)
+        stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layer_count]
+        projection = next(
+            (m for n, m in model.named_modules() if n.endswith(("patch_embeddings", "patch_embedding"))), None
+        )
+        if not stacks or projection is None or not hasattr(config, "patch_size"):
+            raise VDMError(f"{name} is not a vision transformer with one patch grid", where="PatchView",
+                           expected="patch embeddings and a list of config.num_hidden_layers layers", got=name,
+                           fix="use ViT, DeiT, DINOv2, BEiT or SigLIP")  # fmt: skip
+        self.projection, self.layers = projection, stacks[0]
+        self.patch_size, self.image_size = _pair(config.patch_size), _pair(config.image_size)
+        self.num_channels, self.hidden_size = config.num_channels, config.hidden_size
+        self.num_states = len(self.layers) + 2  # K
+        # listed once: walking the tree at every call would cost a tiny model a tenth of its time
+        self._all_modules, self._all_parameters = list(model.modules()), list(model.parameters())
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, cols) of the patch grid at the model's own image size."""
+        return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
+
+    def check(self, pixel_values: torch.Tensor) -> None:
+        """Raise `VDMError` unless `pixel_values` is a finite float tensor [B, C, H, W] that this model takes."""
+        expected = f"a float tensor [B, {self.num_channels}, {self.image_size[0]}, {self.image_size[1]}]"
+        if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
+            got = getattr(pixel_values, "dtype", type(pixel_values).__name__)
+        elif pixel_values.dim() != 4 or pixel_values.shape[1:] != (self.num_channels, *self.image_size):
+            got = list(pixel_values.shape)
+        elif not torch.isfinite(pixel_values).all():
+            got = "NaN or infinite values"
+        else:
+            return
+        raise VDMError("the images do not fit the classifier", where=type(self.model).__name__, expected=expected, got=got,
+                       fix="resize and normalise them as load_data does")  # fmt: skip
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """Evaluation mode and no weight gradients while the block runs; what had to be changed is put back."""
+        training = [module for module in self._all_modules if module.training]
+        wanted = [parameter for parameter in self._all_parameters if parameter.requires_grad]
+        try:
+            for module in training:
+                module.training = False
+            for parameter in wanted:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for module in training:
+                module.training = True
+            for parameter in wanted:
+                parameter.requires_grad_(True)
+
+    def encode(self, pixel_values: torch.Tensor) -> PatchStates:
+        """Run the model on whole images [B, C, H, W] and keep what the gates look at; no gradient is recorded."""
+        self.check(pixel_values)
+        seen: dict[object, torch.Tensor] = {}
+
+        def keep(key):
+            def hook(module, inputs, output):
+                seen[key] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        def keep_input(module, inputs):
+            seen["input"] = inputs[0]
+
+        with ExitStack() as stack, torch.no_grad():
+            stack.enter_context(self._frozen())
+            stack.callback(self.projection.register_forward_hook(keep("embeddings")).remove)
+            stack.callback(self.layers[0].register_forward_pre_hook(keep_input).remove)
+            for k, layer in enumerate(self.layers):
+                stack.callback(layer.register_forward_hook(keep(k)).remove)
+            logits = self.model(pixel_values).logits
+        embeddings = seen["embeddings"]
+        if embeddings.dim() == 4:  # a bare convolution, [B, d, rows, cols]
+            embeddings = embeddings.flatten(2).transpose(1, 2)  # [B, N, d]
+        count = embeddings.shape[1]
+        states = [seen["input"], *(seen[k] for k in range(len(self.layers)))]
+        return PatchStates(embeddings, [embeddings, *(s[:, -count:] for s in states)], logits, self.grid)
+
+    def logits(self, pixel_values: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        """Run the model with its patch embeddings replaced by `embeddings` [B, N, d]; gradients reach `embeddings`.
+
+        `pixel_values` [B, C, H, W] only carries the shape. Returns logits [B, C].
+        """
+
+        def replace(module, inputs, output):
+            if output.dim() == 4:
+                return embeddings.transpose(1, 2).reshape(output.shape)
+            return embeddings.to(output.dtype)
+
+        with ExitStack() as stack:
+            stack.enter_context(self._frozen())
+            stack.callback(self.projection.register_forward_hook(replace).remove)
+            return self.model(pixel_values).logits
+
+
+def _pair(size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
