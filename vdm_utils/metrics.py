@@ -8,6 +8,9 @@ from torch.utils.data import DataLoader
 
 from vdm_utils.data import Pictures
 from vdm_utils.diffmask import VisionDiffMask
+from vdm_utils.errors import VDMError
+from vdm_utils.objective import kl_divergence
+from vdm_utils.vit import PatchStates
 
 
 def on_grid(truth: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -68,3 +71,26 @@ def truth_report(diffmask: VisionDiffMask, data: Pictures, batch_size: int = 250
         for name, value in values.items():
             collected.setdefault(name, []).append(value)
     return {name: torch.cat(parts).nanmean().item() for name, parts in collected.items()}
+
+
+@torch.no_grad()
+def smallest_masks(diffmask: VisionDiffMask, pixel_values: torch.Tensor, batch_size: int = 512) -> torch.Tensor:
+    """All smallest binary masks of one picture [C, H, W] with KL ≤ ε: bool [M, N], by trying every one of the 2^N.
+
+    Meant for grids of at most 16 patches; the full mask always qualifies, so M ≥ 1.
+    """
+    states = diffmask.view.encode(pixel_values[None])
+    count = states.embeddings.shape[1]
+    if count > 16:
+        raise VDMError("too many patches to try every mask", where="smallest_masks", expected="at most 16", got=count,
+                       fix="use a smaller grid")  # fmt: skip
+    masks = (torch.arange(2**count)[:, None] >> torch.arange(count)) & 1  # [2^N, N]
+    kl = []
+    for part in masks.split(batch_size):
+        pictures = pixel_values.expand(len(part), -1, -1, -1)
+        same = PatchStates(states.embeddings.expand(len(part), -1, -1), [], states.logits, states.grid)
+        kl.append(kl_divergence(states.logits, diffmask.masked_logits(pictures, same, part)))
+    enough = torch.cat(kl) <= diffmask.config.eps
+    enough[-1] = True  # everything kept: KL is 0 up to rounding
+    size = masks.sum(1)
+    return masks[enough & (size == size[enough].min())].bool()

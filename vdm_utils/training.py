@@ -115,6 +115,7 @@ class DiffMaskSettings(RunSettings):
     alpha_max: float = option(200.0, "upper bound of the multipliers")
     log_multiplier: bool = option(False, "learn log(alpha) instead of alpha")
     eps: float = option(0.1, "KL divergence in nats that a masked image may cost")
+    kl_quantile: float = option(0.0, "quantile of a batch's KL that is held at eps; 0: its mean, as in the paper")
     lr: float = option(2e-5, "learning rate of the gates")
     lr_placeholder: float = option(1e-3, "learning rate of the placeholder")
     lr_alpha: float = option(0.3, "learning rate of the multipliers (of their logarithm with log_multiplier)")
@@ -129,7 +130,7 @@ class DiffMaskSettings(RunSettings):
 
     def config(self) -> dict:
         """Keyword arguments for `VisionDiffMask.for_classifier`."""
-        names = ("alpha", "alpha_min", "alpha_max", "log_multiplier", "eps", "mul_activation", "add_activation",
+        names = ("alpha", "alpha_min", "alpha_max", "log_multiplier", "eps", "kl_quantile", "mul_activation", "add_activation",
                  "normalize", "zero_start", "no_placeholder")  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
@@ -138,6 +139,8 @@ class DiffMaskSettings(RunSettings):
         super().validate()
         if not self.eps > 0:
             raise _out_of_range("eps", "a positive number", self.eps)
+        if not 0 <= self.kl_quantile < 1:
+            raise _out_of_range("kl_quantile", "a number from 0 to 1", self.kl_quantile)
         low = 1e-6 if self.log_multiplier else 0
         if not low <= self.alpha_min <= self.alpha <= self.alpha_max:
             raise _out_of_range("alpha", f"{low} <= alpha_min <= alpha <= alpha_max",
@@ -336,14 +339,18 @@ class DiffMaskTrainer(Trainer):
         self.chosen = chosen
         self.recent: list[torch.Tensor] = []  # (KL, L0) of the steps since the last log line
 
-    def create_optimizer(self, model=None):
-        diffmask, chosen = self.model, self.chosen
+    @staticmethod
+    def make_optimizer(diffmask: VisionDiffMask, chosen: DiffMaskSettings) -> torch.optim.Optimizer:
+        """One Adam with up to three groups: gates, placeholder (both descend) and multipliers (ascend)."""
         groups = [{"params": list(diffmask.gates.parameters()), "lr": chosen.lr}]
         if diffmask.placeholder is not None:
             groups.append({"params": [diffmask.placeholder], "lr": chosen.lr_placeholder})
         # the other player: maximize=True makes this group *ascend* the gradient of the same backward pass
         groups.append({"params": list(diffmask.multiplier.parameters()), "lr": chosen.lr_alpha, "maximize": True})
-        self.optimizer = torch.optim.Adam(groups, betas=(0.9, chosen.adam_beta2), fused=True)
+        return torch.optim.Adam(groups, betas=(0.9, chosen.adam_beta2), fused=True)
+
+    def create_optimizer(self, model=None):
+        self.optimizer = self.make_optimizer(self.model, self.chosen)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps, optimizer=None):

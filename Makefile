@@ -1,0 +1,44 @@
+# Everything runs in .venv, which is made on first use. PYTHON=python3.12 make run picks another interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
+# an order of magnitude above the slowest cell: a hanging kernel fails within minutes, not hours
+CELL_TIMEOUT := 600
+
+.PHONY: setup run lab test lint unit nbval checkpoints benchmarks clean
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -e ".[dev]"
+	@touch $@
+
+run: setup  ## execute every notebook and write build/*.ipynb, build/*.html and build/index.html
+	$(BIN)/python tools/pages.py --output_dir build --timeout $(CELL_TIMEOUT) $(NOTEBOOKS)
+
+lab: setup  ## open JupyterLab on the first notebook
+	$(BIN)/jupyter lab notebooks/01_toy_data.ipynb
+
+test: lint unit nbval  ## everything that CI runs
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+unit: setup
+	$(BIN)/python -m pytest tests
+
+nbval: setup  ## execute every notebook and compare its outputs with the committed ones
+	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=$(CELL_TIMEOUT) $(NOTEBOOKS)
+
+checkpoints: setup  ## train again what ships in data/checkpoints
+	$(BIN)/python tools/checkpoints.py
+
+benchmarks: setup  ## measure the README's tables again
+	$(BIN)/python benchmarks/toy_recovery.py --seeds 10
+	$(BIN)/python benchmarks/minimality.py data/checkpoints/toy/diffmask
+	$(BIN)/python benchmarks/speed.py
+
+clean:
+	rm -rf build runs .pytest_cache .ruff_cache

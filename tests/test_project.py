@@ -1,0 +1,52 @@
+"""The files around the code agree with each other and with what they promise."""
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_environment_installs_this_project():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    *conda, pip = environment["dependencies"]
+    assert f"python{PROJECT['requires-python']}" in conda and "pip" in conda
+    (entry,) = pip["pip"]
+    extra = re.fullmatch(r"-e \.\[(\w+)\]", entry).group(1)
+    assert extra in PROJECT["optional-dependencies"]
+    assert f".[{extra}]" in (ROOT / "Makefile").read_text()  # make and conda install the same thing
+
+
+def test_modules_import_only_what_stands_before_them():
+    order = ["errors", "data", "vit", "gates", "objective", "diffmask", "metrics", "training", "plots", "explorers",
+             "notebook", "__main__"]  # fmt: skip
+    modules = {path.stem for path in (ROOT / "vdm_utils").glob("*.py")} - {"__init__"}
+    assert modules == set(order)
+    for name in modules:
+        imported = re.findall(r"from vdm_utils\.(\w+) import", (ROOT / "vdm_utils" / f"{name}.py").read_text())
+        assert all(order.index(other) < order.index(name) for other in imported), name
+
+
+@pytest.mark.parametrize("target", ["setup", "run", "lab", "test", "checkpoints", "benchmarks"])
+def test_make_knows_its_targets(target):
+    assert subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_repository_is_small():
+    sizes = [path.stat().st_size for path in ROOT.rglob("*") if path.is_file() and not _ignored(path)]
+    assert max(sizes) < 12e6 and sum(sizes) < 40e6
+
+
+def _ignored(path):
+    skipped = (".venv", ".git", "build", "runs", "__pycache__", "cifar10", "MNIST", "cifar-10-batches-py")
+    return any(part in skipped for part in path.relative_to(ROOT).parts)
+
+
+def test_readme_links_exist():
+    for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
+        assert link.startswith("http") or (ROOT / link).exists(), link

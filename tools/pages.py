@@ -1,0 +1,68 @@
+"""Execute notebooks in order and write, for each, the executed notebook and an HTML page, and an index of the pages."""
+
+from __future__ import annotations
+
+import argparse
+import html
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbconvert import HTMLExporter
+
+INDEX = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Vision DiffMask in notebooks</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 42rem; margin: 3rem auto; padding: 0 1rem; }}
+li {{ margin: .8rem 0; }} small {{ color: #555; }}</style></head>
+<body><h1>Vision DiffMask in notebooks</h1>
+<p>Explain a Vision Transformer by the patches it can do without.</p>
+<ol>{items}</ol></body></html>
+"""
+
+
+def title_and_promise(notebook: nbformat.NotebookNode) -> tuple[str, str]:
+    """The heading of the first cell and the first plain line below it."""
+    lines = [line.strip() for line in notebook.cells[0].source.splitlines() if line.strip()]
+    heading = next(line.lstrip("# ") for line in lines if line.startswith("# "))
+    promise = next((line for line in lines if line[0].isalpha() or line[0] in "*_"), "")
+    return heading, promise.strip("*_")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("notebooks", nargs="+", type=Path)
+    parser.add_argument("--output_dir", type=Path, default=Path("build"))
+    parser.add_argument("--timeout", type=int, default=600, help="seconds a cell may take")
+    wanted = parser.parse_args()
+    wanted.output_dir.mkdir(parents=True, exist_ok=True)
+    # kernels must come from the environment that runs this script, activated or not
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    items = []
+    for path in wanted.notebooks:
+        notebook, start = nbformat.read(path, as_version=4), time.perf_counter()
+        place = {"metadata": {"path": str(path.parent)}}
+        try:
+            NotebookClient(notebook, timeout=wanted.timeout, kernel_name="python3", resources=place).execute()
+        except CellExecutionError as error:
+            print(f"{path.name}: FAILED\n{error}", file=sys.stderr)
+            return 1
+        heading, promise = title_and_promise(notebook)
+        nbformat.write(notebook, wanted.output_dir / path.name)
+        page = wanted.output_dir / path.with_suffix(".html").name
+        # the widgets' and MathJax's scripts are looked for on the web; without a network the page still reads
+        page.write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
+        items.append(f'<li><a href="{page.name}">{html.escape(heading)}</a><br><small>{html.escape(promise)}</small></li>')
+        print(f"{path.name}: {time.perf_counter() - start:.0f} s", flush=True)
+    index = wanted.output_dir / "index.html"
+    index.write_text(INDEX.format(items="\n".join(items)), encoding="utf-8")
+    print(f"open {index}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
