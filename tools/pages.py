@@ -56,7 +56,9 @@ def main() -> int:
         page = wanted.output_dir / path.with_suffix(".html").name
         # the widgets' and MathJax's scripts are looked for on the web; without a network the page still reads
         page.write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
-        items.append(f'<li><a href="{page.name}">{html.escape(heading)}</a><br><small>{html.escape(promise)}</small></li>')
+        items.append(
+            f'<li><a href="{page.name}">{html.escape(heading)}</a><br><small>{html.escape(promise)}</small></li>'
+        )
         print(f"{path.name}: {time.perf_counter() - start:.0f} s", flush=True)
     index = wanted.output_dir / "index.html"
     index.write_text(INDEX.format(items="\n".join(items)), encoding="utf-8")

@@ -154,9 +154,9 @@ RECIPES: dict[str, dict[type, dict]] = {
     "quick": {
         ClassifierSettings: {"lr": 1e-3, "lr_schedule": "cosine", "warmup_steps": 100, "batch_size": 64, "num_workers": 0},
         DiffMaskSettings: {
-            "lr": 1e-3, "lr_placeholder": 1e-2, "lr_alpha": 0.03, "adam_beta2": 0.95, "gate_warmup_steps": 0,
+            "lr": 2e-3, "lr_placeholder": 1e-2, "lr_alpha": 0.03, "adam_beta2": 0.95, "gate_warmup_steps": 0,
             "alpha": 10.0, "alpha_min": 1.0, "log_multiplier": True, "add_activation": 2.0, "normalize": True,
-            "zero_start": True, "max_steps": 1500, "num_workers": 0, "dataset": "toy",
+            "zero_start": True, "max_steps": 800, "kl_quantile": 0.95, "num_workers": 0, "dataset": "toy",
         },
     },
     # the paper's run: 20 epochs at 224×224 on a GPU
