@@ -32,7 +32,7 @@ class HardConcrete(Distribution):
         self.log_alpha, self.temperature, self.low, self.high = log_alpha, temperature, low, high
         super().__init__(batch_shape=log_alpha.shape, validate_args=False)
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> torch.Tensor:
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> torch.Tensor:  # noqa: B008 (torch's own signature)
         """A sample z of shape `sample_shape + log_alpha.shape` through which gradients reach log_alpha."""
         shape = self._extended_shape(torch.Size(sample_shape))
         tiny = torch.finfo(self.log_alpha.dtype).eps
