@@ -25,7 +25,7 @@ from vdm_utils.training import (
     train_classifier,
     train_diffmask,
 )
-from vdm_utils.vit import build_classifier, load_classifier
+from vdm_utils.vit import build_classifier, load_classifier, mimetic_start
 
 
 def parse(kind: type, job: str, words: list[str]) -> RunSettings:
@@ -68,7 +68,10 @@ def new_classifier(chosen: ClassifierSettings, data: Pictures):
         model.config.id2label = dict(data.id2label)
         model.config.label2id = {name: label for label, name in data.id2label.items()}
         return model
-    return build_classifier(
+    if chosen.mimetic_start and chosen.base_model != "ViT":
+        raise VDMError("--mimetic_start sets attention weights", where="train-base", expected="--base_model ViT",
+                       got=chosen.base_model, fix="leave --mimetic_start out")  # fmt: skip
+    model = build_classifier(
         {"ViT": "vit", "ConvNeXt": "convnext"}[chosen.base_model],
         chosen.size,
         data.image_size,
@@ -76,6 +79,9 @@ def new_classifier(chosen: ClassifierSettings, data: Pictures):
         data.num_channels,
         id2label=data.id2label,
     )
+    if chosen.mimetic_start:
+        mimetic_start(model)
+    return model
 
 
 def train_base(words: list[str]) -> dict:

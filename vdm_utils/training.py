@@ -96,6 +96,7 @@ class ClassifierSettings(RunSettings):
     lr_schedule: Literal["constant", "linear", "cosine"] = option("constant", "learning rate after warm-up")
     warmup_steps: int = option(0, "steps of linear warm-up")
     patch_dropout: float = option(0.0, "fraction of patches left out of every training image; saves as much time")
+    mimetic_start: bool = option(False, "start the attention of a ViT trained from scratch where trained ones end up")
     patience: int = option(5, "stop after this many evaluations without a better validation accuracy")
 
 
