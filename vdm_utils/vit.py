@@ -198,7 +198,9 @@ class PatchView:
         projection = next(
             (m for n, m in model.named_modules() if n.endswith(("patch_embeddings", "patch_embedding"))), None
         )
-        if not stacks or projection is None or not hasattr(config, "patch_size"):
+        # `depths`: a hierarchy of stages (Swin, ConvNeXt) merges patches on the way and has no one grid
+        named = all(hasattr(config, key) for key in ("patch_size", "image_size", "hidden_size"))
+        if not stacks or projection is None or not named or hasattr(config, "depths"):
             raise VDMError(f"{name} is not a vision transformer with one patch grid", where="PatchView",
                            expected="patch embeddings and a list of config.num_hidden_layers layers", got=name,
                            fix="use ViT, DeiT, DINOv2, BEiT or SigLIP")  # fmt: skip
@@ -269,7 +271,10 @@ class PatchView:
         embeddings = seen["embeddings"]
         if embeddings.dim() == 4:  # a bare convolution, [B, d, rows, cols]
             embeddings = embeddings.flatten(2).transpose(1, 2)  # [B, N, d]
-        count = embeddings.shape[1]
+        count, (rows, cols) = embeddings.shape[1], self.grid
+        if count != rows * cols:
+            raise VDMError("the patch embeddings do not fill the patch grid", where=type(self.model).__name__,
+                           expected=f"{rows} · {cols} patches", got=count, fix="use a plain vision transformer")  # fmt: skip
         states = [seen["input"], *(seen[k] for k in range(len(self.layers)))]
         return PatchStates(embeddings, [embeddings, *(s[:, -count:] for s in states)], logits, self.grid)
 

@@ -1,0 +1,141 @@
+"""The closed forms of the hard concrete distribution are those of its samples; gates stay in their range."""
+
+import math
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from vdm_utils.gates import GateNetwork, HardConcrete, combine_votes, hard_concrete_sample, prob_nonzero
+
+SAMPLES = 100_000
+GATES = [  # log_alpha, temperature, low, high
+    *[(log_alpha, 0.2, -0.2, 1.0) for log_alpha in (-3, -0.5, 0, 0.5, 2, 5)],  # the paper's
+    *[(log_alpha, 2 / 3, -0.1, 1.1) for log_alpha in (-2, 0, 2)],  # Louizos et al.
+    (0, 0.05, -0.5, 1.0),
+    (1, 0.05, -0.9, 1.9),
+    (-1, 2.0, -0.2, 1.5),
+    (1, 2.0, -1.5, 1.0),
+]
+
+
+@pytest.mark.parametrize(("log_alpha", "temperature", "low", "high"), GATES)
+def test_closed_forms_are_those_of_the_samples(log_alpha, temperature, low, high):
+    gate = HardConcrete(torch.tensor(float(log_alpha)), temperature, low, high)
+    z = gate.sample((SAMPLES,))
+    assert z.shape == (SAMPLES,) and 0 <= z.min() and z.max() <= 1
+
+    def agrees(probability, share):
+        spread = (probability * (1 - probability) / SAMPLES) ** 0.5
+        return abs(probability - share.float().mean()) <= 4 * spread + 2e-5
+
+    assert agrees(gate.prob_nonzero, z > 0)
+    if high > 1:
+        assert agrees(gate.prob_one, z == 1)
+    else:
+        assert gate.prob_one == 0
+    assert abs(gate.mean - z.mean()) <= 4 * z.std() / SAMPLES**0.5 + 2e-4
+    by_hand = 1 / (1 + math.exp(temperature * math.log(-low / high) - log_alpha))  # METHOD.md, step 4
+    assert gate.prob_nonzero.item() == pytest.approx(by_hand, rel=1e-5)
+    assert gate.log_prob_nonzero.item() == pytest.approx(math.log(by_hand), rel=1e-5)
+    assert prob_nonzero(gate.log_alpha, temperature, low, high) == gate.prob_nonzero
+
+
+@pytest.mark.parametrize("quantity", ["log_prob_nonzero", "prob_nonzero", "prob_one", "mean"])
+@pytest.mark.parametrize("high", [1.0, 1.1])
+def test_nothing_overflows_far_out(quantity, high):
+    log_alpha = torch.tensor([-100.0, 100.0], requires_grad=True)
+    value = getattr(HardConcrete(log_alpha, high=high), quantity)
+    assert value.isfinite().all()
+    if value.requires_grad:
+        (gradient,) = torch.autograd.grad(value.sum(), log_alpha)
+        assert gradient.isfinite().all()
+    if quantity == "log_prob_nonzero":  # still ranks patches: not -inf, and not flat where P rounds to 0
+        assert value[0].item() == pytest.approx(-100 - 0.2 * math.log(0.2 / high), abs=1e-4) and gradient[0] == 1
+    elif quantity != "prob_one" or high > 1:
+        assert value.tolist() == pytest.approx([0, 1], abs=1e-6)
+
+
+def test_gradients_are_those_of_finite_differences():
+    log_alpha = torch.tensor([-2.0, -0.3, 0.4, 3.0], dtype=torch.float64, requires_grad=True)
+    u = torch.tensor([0.8, 0.6, 0.3, 0.04], dtype=torch.float64)
+    inside = hard_concrete_sample(log_alpha, u, 0.7)
+    assert ((inside > 0) & (inside < 1)).all()  # away from the clamps, where there is a gradient
+    assert gradcheck(lambda a: hard_concrete_sample(a, u, 0.7), log_alpha)
+    for quantity in ("log_prob_nonzero", "prob_nonzero", "prob_one", "mean"):
+        assert gradcheck(lambda a, q=quantity: getattr(HardConcrete(a, 0.7, -0.3, 1.2), q), log_alpha)
+
+
+def test_samples_invert_the_distribution_function():
+    log_alpha = torch.randn(3, 5, requires_grad=True)
+    gate = HardConcrete(log_alpha)
+    torch.manual_seed(5)
+    z = gate.rsample((7,))
+    torch.manual_seed(5)
+    u = torch.rand(7, 3, 5)
+    assert z.shape == (7, 3, 5) and torch.equal(z, hard_concrete_sample(log_alpha, u))
+    assert not torch.equal(z, gate.rsample((7,)))  # new noise every time
+    z.sum().backward()
+    assert (log_alpha.grad > 0).any() and not gate.sample().requires_grad
+    inside = (z > 0.01) & (z < 0.99)  # nearer to the ends float32 has too few digits
+    fraction, location = (z[inside] + 0.2) / 1.2, log_alpha.expand(7, 3, 5)[inside]
+    assert inside.sum() > 20  # P(z <= t) at t = z is u again
+    assert torch.allclose(torch.sigmoid(0.2 * torch.logit(fraction) - location), u[inside], atol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [(0.0, -0.2, 1.0), (-1.0, -0.2, 1.0), (0.2, 0.0, 1.0), (0.2, -0.2, 0.9)])
+def test_impossible_distributions_are_refused(wrong):
+    with pytest.raises(ValueError, match="need temperature > 0, low < 0 and high >= 1"):
+        HardConcrete(torch.zeros(1), *wrong)
+
+
+# ---------------------------------------------------------------- networks and votes
+
+
+def gate_network(mul=15.0, add=2.0, normalize=False, zero_start=False):
+    return GateNetwork(8, mul, add, normalize, zero_start)
+
+
+@pytest.mark.parametrize(("mul", "add"), [(15.0, 8.0), (3.0, -1.0)])
+def test_gates_stay_in_range_and_reach_its_ends(mul, add):
+    network = gate_network(mul, add)
+    with torch.no_grad():
+        network.outer.weight *= 100
+    log_alpha = network(5 * torch.randn(200, 9, 8), 5 * torch.randn(200, 9, 8))
+    assert log_alpha.shape == (200, 9) and ((log_alpha - add).abs() <= mul + 1e-5).all()
+    assert log_alpha.min() < add - 0.9 * mul and log_alpha.max() > add + 0.9 * mul
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_gate_looks_at_both_inputs_and_at_its_own_patch_only(normalize):
+    network, embeddings, hidden = gate_network(normalize=normalize), torch.randn(2, 9, 8), torch.randn(2, 9, 8)
+    before = network(embeddings, hidden)
+    for position in (0, 1):
+        inputs = [embeddings.clone(), hidden.clone()]
+        inputs[position][1, 4] = torch.randn(8)
+        assert (network(*inputs) != before).nonzero().tolist() == [[1, 4]]
+
+
+def test_zero_start_begins_at_add_and_can_leave_it():
+    network, inputs = gate_network(zero_start=True), (torch.randn(2, 9, 8), torch.randn(2, 9, 8))
+    log_alpha = network(*inputs)
+    assert (log_alpha == 2).all() and gate_network()(*inputs).std() > 0
+    log_alpha[0, 0].backward()
+    assert network.outer.weight.grad.abs().sum() > 0
+
+
+def test_normalize_takes_out_scale_and_offset_of_each_input():
+    embeddings, hidden = torch.randn(2, 9, 8), torch.randn(2, 9, 8)
+    for normalize in (True, False):
+        network = gate_network(normalize=normalize)
+        before, scaled = network(embeddings, hidden), network(60 * embeddings + 3, 7 * hidden - 1)
+        assert torch.allclose(before, scaled, atol=1e-3) == normalize
+    assert [name for name, _ in network.named_parameters()] == ["inner.weight", "inner.bias", "outer.weight", "outer.bias"]
+
+
+def test_votes_multiply_over_layers():
+    probability = torch.rand(2, 4, 9).clamp(min=0.05)
+    combined = combine_votes(probability.log()).exp()
+    for layer in range(4):
+        assert torch.allclose(combined[:, layer], probability[:, : layer + 1].prod(1), atol=1e-6)
+    assert torch.equal(combine_votes(probability.log(), aggregated=False), probability.log())
