@@ -112,9 +112,7 @@ def test_seeds_and_splits_draw_other_pictures(name):
             assert not torch.equal(drawn[first]["truth"], drawn[second]["truth"])
 
 
-@pytest.mark.parametrize(
-    ("name", "checksum"), [("toy", "0247f37cb13c528f"), ("digits_QA", "34951548bf26dfc9")]
-)
+@pytest.mark.parametrize(("name", "checksum"), [("toy", "0247f37cb13c528f"), ("digits_QA", "34951548bf26dfc9")])
 def test_pictures_are_equal_on_every_machine(name, checksum):
     batch = load_data(name, "validation", class_idx=5, seed=7).batch([0, 1, 999])
     content = pixels(batch).numpy().tobytes() + bytes(batch["labels"].tolist())
@@ -123,8 +121,10 @@ def test_pictures_are_equal_on_every_machine(name, checksum):
 
 def test_hashed_uniform_is_uniform_in_every_direction():
     index = np.arange(4000)
-    streams = np.concatenate([hashed_uniform(seed, stream, index, 3) for seed in (0, 2**32 - 1) for stream in (0, 1)], 1)
-    assert streams.shape == (4000, 12) and 0 <= streams.min() and streams.max() < 1
+    streams = np.concatenate(
+        [hashed_uniform(seed, stream, index, 3) for seed in (0, 2**32 - 1) for stream in (0, 1)], 1
+    )
+    assert streams.shape == (4000, 12) and streams.min() >= 0 and streams.max() < 1
     assert np.abs(np.corrcoef(streams.T) - np.eye(12)).max() < 0.06  # columns, streams and seeds: 3.8 sigma of 1/√4000
     assert np.abs(np.corrcoef(streams[1:].T, streams[:-1].T)).max() > 0.99  # of itself only …
     assert np.abs(np.corrcoef(streams[1:].T, streams[:-1].T)[:12, 12:]).max() < 0.06  # … neighbours are unrelated

@@ -23,7 +23,7 @@ GATES = [  # log_alpha, temperature, low, high
 def test_closed_forms_are_those_of_the_samples(log_alpha, temperature, low, high):
     gate = HardConcrete(torch.tensor(float(log_alpha)), temperature, low, high)
     z = gate.sample((SAMPLES,))
-    assert z.shape == (SAMPLES,) and 0 <= z.min() and z.max() <= 1
+    assert z.shape == (SAMPLES,) and z.min() >= 0 and z.max() <= 1
 
     def agrees(probability, share):
         spread = (probability * (1 - probability) / SAMPLES) ** 0.5
@@ -130,7 +130,12 @@ def test_normalize_takes_out_scale_and_offset_of_each_input():
         network = gate_network(normalize=normalize)
         before, scaled = network(embeddings, hidden), network(60 * embeddings + 3, 7 * hidden - 1)
         assert torch.allclose(before, scaled, atol=1e-3) == normalize
-    assert [name for name, _ in network.named_parameters()] == ["inner.weight", "inner.bias", "outer.weight", "outer.bias"]
+    assert [name for name, _ in network.named_parameters()] == [
+        "inner.weight",
+        "inner.bias",
+        "outer.weight",
+        "outer.bias",
+    ]
 
 
 def test_votes_multiply_over_layers():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
@@ -34,17 +36,20 @@ def patch_iou(mask: torch.Tensor, truth: torch.Tensor, threshold: float = 0.5) -
 def jensen_shannon(mask: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """Jensen–Shannon divergence in nats (0..log 2) between mask and truth, each normalised to sum 1: [B].
 
-    As in De Cao et al. 2020. NaN where the truth is empty: there is no distribution to compare with.
+    As in De Cao et al. 2020. NaN where the truth is empty: there is no distribution to compare with. A mask of zeros is
+    no distribution either, and counts as the worst one (log 2) where something is true.
     """
     true = on_grid(truth, mask.shape[-2:]).flatten(1)
     p = mask.flatten(1) / mask.flatten(1).sum(1, keepdim=True).clamp(min=1e-12)
-    q = true / true.sum(1, keepdim=True)
+    q = true / true.sum(1, keepdim=True).clamp(min=1e-12)
     middle = (p + q) / 2
 
     def relative_entropy(a):
         return torch.where(a > 0, a * (a / middle).log(), torch.zeros_like(a)).sum(1)
 
-    return (relative_entropy(p) + relative_entropy(q)) / 2
+    divergence = (relative_entropy(p) + relative_entropy(q)) / 2
+    divergence = torch.where(p.sum(1) > 0, divergence, torch.full_like(divergence, math.log(2)))
+    return torch.where(q.sum(1) > 0, divergence, torch.full_like(divergence, math.nan))
 
 
 @torch.no_grad()

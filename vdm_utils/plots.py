@@ -71,7 +71,8 @@ def picture_grid(
                 show_image(axis, panels[column], text)
         line[0].set_ylabel(name, fontsize=9)
     if bar is not None:
-        figure.colorbar(bar, ax=axes, shrink=0.7, label="P(z ≠ 0): 0 dropped, 1 kept")
+        side = figure.colorbar(bar, ax=axes, shrink=0.7, ticks=[0, 0.5, 1])
+        side.set_label("P(z ≠ 0)" if len(rows) < 3 else "P(z ≠ 0): 0 dropped, 1 kept", fontsize=8)
     return figure
 
 
@@ -84,7 +85,7 @@ def explanation_grid(
     rows = {"input": pixel_values, "mask": shown.mask, "masked input": masked_image(pixel_values, pixel_mask)}
     titles = {
         "input": [id2label[b] for b in before],
-        "mask": [f"kept {k:.0%}, KL {d:.3f}" for k, d in zip(shown.kept.tolist(), shown.kl.tolist(), strict=True)],
+        "mask": [f"kept {k:.0%}, KL {abs(d):.3f}" for k, d in zip(shown.kept.tolist(), shown.kl.tolist(), strict=True)],
         "masked input": [id2label[a] + ("" if a == b else " (changed)") for a, b in zip(after, before, strict=True)],
     }
     if truth is not None:

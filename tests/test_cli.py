@@ -1,0 +1,248 @@
+"""The command line: every job end to end, the reference's flags and defaults, and mistakes without a traceback."""
+
+import json
+import runpy
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import words as split
+from safetensors.torch import load_file
+
+from vdm_utils import data
+from vdm_utils.__main__ import JOBS, main, output_folder, parse
+from vdm_utils.diffmask import VisionDiffMask
+from vdm_utils.training import ClassifierSettings, DiffMaskSettings, evaluate_classifier
+from vdm_utils.vit import fingerprint, load_classifier
+
+TINY = split("--dataset toy --image_size 12 --batch_size 8 --num_workers 0 --max_steps 2 --log_every_n_steps 1")
+COMMON = {
+    "enable_progress_bar": False, "num_epochs": 5, "seed": 123, "log_every_n_steps": 200, "base_model": "ViT",
+    "batch_size": 32, "num_workers": 4, "class_idx": 3, "grid_size": 3, "data_dir": "data/", "recipe": "reference",
+    "add_noise": False, "add_rotation": False, "add_blur": False, "output_dir": None,
+}  # fmt: skip
+REFERENCE = {
+    "train": COMMON | {
+        "dataset": "CIFAR10", "from_pretrained": "tanlq/vit-base-patch16-224-in21k-finetuned-cifar10", "alpha": 20.0,
+        "lr": 2e-5, "eps": 0.1, "lr_placeholder": 1e-3, "lr_alpha": 0.3, "mul_activation": 15.0, "add_activation": 8.0,
+        "weighted_layer_distribution": False, "no_placeholder": False, "sample_images": 8, "diffmask_checkpoint": None,
+    },
+    "train-base": COMMON | {"dataset": "toy", "lr": 5e-5, "optimizer": "AdamW", "weight_decay": 1e-2, "checkpoint": None},
+    "eval-base": COMMON | {"dataset": "toy", "checkpoint": None, "from_pretrained": None},
+}  # fmt: skip
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def run(capsys, *words):
+    """(exit code, what was printed as JSON, what was complained about)"""
+    capsys.readouterr()
+    try:
+        code = main([str(word) for word in words])
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    printed = capsys.readouterr()
+    return code, json.loads(printed.out) if code == 0 else printed.out, printed.err
+
+
+# ---------------------------------------------------------------- jobs
+
+
+def test_from_nothing_to_an_explanation(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["train-base", *TINY, "--patch_size", 4, "--recipe", "quick"]
+    code, printed, _ = run(capsys, *words, "--output_dir", "base")
+    assert code == 0 and printed["output_dir"] == "base" and 0 <= printed["eval_accuracy"] <= 1
+    assert {"config.json", "model.safetensors", "metrics.csv", "settings.json"} <= {
+        p.name for p in (tmp_path / "base").iterdir()
+    }
+    base = load_classifier("base")
+    assert base.config.id2label[2] == "2 yellow" and base.config.image_size == 12 and base.config.patch_size == 4
+
+    code, printed, _ = run(capsys, "eval-base", "--from_pretrained", "base", "--dataset", "toy")
+    expected = evaluate_classifier(base, data.load_data("toy", "test", image_size=12))  # at the size of the base
+    assert code == 0 and printed.pop("split") == "test" and printed.pop("dataset") == "toy"
+    assert printed.pop("checkpoint") == "base" and printed == pytest.approx(expected)
+
+    words = ["train", *TINY, "--from_pretrained", "base", "--sample_images", 2]
+    code, printed, _ = run(capsys, *words, "--output_dir", "mask", "--eps", 0.05)
+    assert code == 0 and set(printed) == {"output_dir", "eval_kl", "eval_feasible", "eval_unchanged", "eval_kept"}
+    written = {path.name for path in (tmp_path / "mask").iterdir()}
+    assert {"config.json", "model.safetensors", "metrics.csv", "samples-1.png", "samples-2.png"} <= written
+    assert (tmp_path / "mask" / "samples-2.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    chosen = json.loads((tmp_path / "mask" / "settings.json").read_text())
+    assert (chosen["eps"], chosen["max_steps"], chosen["lr"], chosen["sample_images"]) == (0.05, 2, 2e-5, 2)
+    diffmask = VisionDiffMask.from_pretrained("mask")
+    assert diffmask.config.eps == 0.05 and fingerprint(diffmask.base) == fingerprint(base)
+
+    torch.rand(9)  # a seed decides, not what ran before in this process
+    for folder, more, equal in (("again", [], True), ("other", ["--seed", 5, "--sample_images", 0], False)):
+        assert run(capsys, *words, "--output_dir", folder, *more)[0] == 0
+        weights = load_file(f"{folder}/model.safetensors")
+        assert all(torch.equal(weights[n], w) for n, w in load_file("mask/model.safetensors").items()) == equal
+    assert not list((tmp_path / "other").glob("*.png"))
+
+
+def test_a_base_can_be_fine_tuned_for_another_task(capsys, base_run, tmp_path):
+    words = split(
+        "train-base --dataset digits_QA --grid_size 2 --image_size 16 --max_steps 1 --log_every_n_steps 1 --lr 0"
+    )
+    words += ["--num_workers", 0, "--from_pretrained", base_run, "--output_dir", tmp_path / "fine"]
+    assert run(capsys, *words)[0] == 0
+    base, fine = load_classifier(base_run), load_classifier(tmp_path / "fine")
+    assert fine.config.id2label == {n: f"{n} × 3" for n in range(5)} and fine.classifier.out_features == 5
+    assert fingerprint(fine.vit) == fingerprint(base.vit)  # lr 0: only the head is new
+
+
+def test_a_run_is_resumed_from_its_last_checkpoint(capsys, base_run, tmp_path):
+    shutil.copytree(base_run, tmp_path / "run")
+    words = split(
+        "train-base --dataset digits --patch_size 8 --patience 9 --batch_size 256 --num_workers 0 --max_steps 13"
+    )
+    words += ["--log_every_n_steps", 4, "--output_dir", tmp_path / "run", "--checkpoint", "last"]
+    assert run(capsys, *words)[0] == 0
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert [row["step"] for row in state["log_history"] if "loss" in row] == [4, 8, 12] and state["global_step"] == 13
+
+
+# ---------------------------------------------------------------- flags
+
+
+@pytest.mark.parametrize("job", REFERENCE)
+def test_help_lists_the_reference_flags_and_defaults(capsys, job):
+    with pytest.raises(SystemExit, match="0"):
+        main([job, "--help"])
+    text = "".join(capsys.readouterr().out.partition("options:")[2].split())  # long names are broken over lines
+    for flag, default in REFERENCE[job].items():
+        _, found, rest = text.partition(f"--{flag}{flag.upper()}")
+        _, found, rest = (_, found, rest) if found else text.partition(f"--{flag}[")
+        _, found, rest = (_, found, rest) if found else text.partition(f"--{flag}{{")
+        assert found, flag
+        assert rest.partition("(default:")[2].partition(")")[0] == str(default).replace(" ", ""), flag
+
+
+def test_defaults_are_those_of_the_reference():
+    for job, kind in (("train", DiffMaskSettings), ("train-base", ClassifierSettings)):
+        chosen = vars(parse(kind, job, []))
+        assert {name: chosen[name] for name in REFERENCE[job]} == REFERENCE[job]
+
+
+@pytest.mark.parametrize("words", ["--lr 0.5 --recipe quick", "--recipe=quick --lr=0.5", "--recipe quick --lr 0.5"])
+def test_a_flag_wins_over_the_recipe(words):
+    chosen = parse(DiffMaskSettings, "train", split(words))
+    assert (chosen.lr, chosen.lr_placeholder, chosen.log_multiplier, chosen.recipe) == (0.5, 1e-2, True, "quick")
+    off = parse(DiffMaskSettings, "train", [*split(words), "--normalize", "false", "--max_steps", "-1"])
+    assert not off.normalize and off.max_steps == -1
+
+
+def test_usage_lists_the_jobs(capsys):
+    for words in ([], ["--help"], ["-h"]):
+        assert main(words) == 0
+        printed = capsys.readouterr().out
+        assert all(f"  {job} " in printed for job in JOBS)
+
+
+# ---------------------------------------------------------------- where a run is written
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_finished_run_is_not_written_over(capsys, base_run, diffmask_run, job):
+    folder = diffmask_run if job == "train" else base_run
+    before = contents(folder)
+    words = [job, *TINY, "--from_pretrained", base_run, "--output_dir", folder]
+    if job == "eval-base":
+        words[words.index("toy")] = "digits"
+        words[words.index("12")] = "16"
+    code, out, error = run(capsys, *words)
+    assert code == 2 and out == "" and error.startswith("error: the output folder already holds a run")
+    assert contents(folder) == before
+
+
+def test_runs_without_a_folder_get_a_new_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chosen = parse(ClassifierSettings, "train-base", ["--seed", "7"])
+    for name in ("runs/train-base-toy-seed7", "runs/train-base-toy-seed7-2", "runs/train-base-toy-seed7-3"):
+        folder = output_folder(chosen, "train-base")
+        assert str(folder) == name
+        folder.mkdir(parents=True)
+    assert (
+        str(output_folder(chosen, "train-base", "runs/x/checkpoint-8")) == "runs/x"
+    )  # a resumed one stays where it is
+
+
+# ---------------------------------------------------------------- mistakes
+
+BUG = {
+    "unknown flag": "ValueError of HfArgumentParser",
+    "stray word": "ValueError of HfArgumentParser",
+    "base for other channels, fine-tuned": "ValueError of the ViT",
+    "base for other sizes, fine-tuned": "ValueError of the ViT",
+    "base for other channels, evaluated": "ValueError of the ViT",
+    "base for other classes, evaluated": "reports an accuracy",
+    "base that counts something else": "10 classes are enough",
+    "output is a file": "FileExistsError",
+    "unknown tracker": "ValueError of Trainer",
+    "negative workers": "ValueError of DataLoader",
+}
+MISTAKES = {  # name: (words, what the message has to contain)
+    "unknown job": (["trian"], "did you mean 'train'"),
+    "unknown flag": (["train", "--learning_rate", "1"], "--learning_rate"),
+    "stray word": (["train-base", "toy"], "toy"),
+    "unknown dataset": (["train-base", "--dataset", "toi"], "'toi'"),
+    "unknown recipe": (["train", "--recipe", "fast"], "'fast'"),
+    "not a number": (["train", "--lr", "high"], "'high'"),
+    "negative lr": (["train", "--lr", "-1"], "lr is out of range"),
+    "eps zero": (["train", "--eps", "0"], "eps is out of range"),
+    "negative batch": (["train-base", "--batch_size", "-4"], "batch_size is out of range"),
+    "grid too large": (["train-base", "--grid_size", "9"], "grid_size is out of range"),
+    "patches that do not tile": (["train-base", *TINY, "--patch_size", "5"], "do not tile"),
+    "cells that do not fill": (["train-base", "--image_size", "16"], "do not fill the image"),
+    "no such base": (["train", *TINY, "--from_pretrained", "nowhere"], "cannot load the classifier"),
+    "a DiffMask is no base": (["train", *TINY, "--from_pretrained", "MASK"], "cannot load the classifier"),
+    "base for other channels": (["train", *TINY, "--from_pretrained", "DIGITS"], "not trained for this dataset"),
+    "base for other classes": (["train", *TINY, "--grid_size", "2", "--from_pretrained", "TOY"], "5 classes"),
+    "base for other sizes": (["train", *TINY, "--image_size", "24", "--from_pretrained", "TOY"], "[B, 3, 12, 12]"),
+    "base that counts something else": (["train", *TINY, "--class_idx", "0", "--from_pretrained", "TOY"], "red"),
+    "base for other channels, fine-tuned": (["train-base", *TINY, "--from_pretrained", "DIGITS"], "1 channel"),
+    "base for other sizes, fine-tuned": (["train-base", *TINY, "--image_size", "24", "--from_pretrained", "TOY"], "12"),
+    "base for other channels, evaluated": (["eval-base", "--dataset", "toy", "--from_pretrained", "DIGITS"], "channel"),
+    "base for other classes, evaluated": (["eval-base", "--grid_size", "2", "--from_pretrained", "TOY"], "5 classes"),
+    "nothing to evaluate": (["eval-base"], "nothing to evaluate"),
+    "nothing to resume": (["train-base", *TINY, "--checkpoint", "nowhere"], "nothing to resume"),
+    "start of a ConvNeXt": (["train-base", "--base_model", "ConvNeXt", "--mimetic_start"], "leave --mimetic_start out"),
+    "output is a file": (["train-base", *TINY, "--output_dir", "file"], "file"),
+    "unknown tracker": (["train-base", *TINY, "--report_to", "nobody"], "nobody"),
+    "negative workers": (["train-base", *TINY, "--num_workers", "-1"], "num_workers"),
+}
+
+
+@pytest.fixture(scope="session")
+def toy_base(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy") / "base"
+    base.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_explained(request, capsys, base_run, toy_base, diffmask_run, tmp_path, monkeypatch, name):
+    if name in BUG:
+        request.applymarker(pytest.mark.xfail(reason=BUG[name], strict=True))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("something")
+    words, expected = MISTAKES[name]
+    known = {"DIGITS": base_run, "TOY": toy_base, "MASK": diffmask_run}
+    code, out, error = run(capsys, *(known.get(word, word) for word in words))
+    assert code == 2 and out == "" and expected in error and "Traceback" not in error
+    if not error.startswith("usage:"):  # argparse shows its own first
+        assert error.startswith("error: ") and len(error.splitlines()) <= 5
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_the_module_exits_with_the_code_of_the_job(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["vdm_utils", "eval-base"])
+    monkeypatch.delitem(sys.modules, "vdm_utils.__main__")
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("vdm_utils", run_name="__main__")
