@@ -45,6 +45,9 @@ class WrongSign(TrainerCallback):
 ABLATIONS = {
     "recipe": ({}, ()),
     "dual sign wrong": ({}, (WrongSign(),)),
+    "α from 0.1, floor 0.01": ({"alpha": 0.1, "alpha_min": 0.01}, ()),
+    "α from 0.1, floor 0.01, dual sign wrong": ({"alpha": 0.1, "alpha_min": 0.01}, (WrongSign(),)),
+    "mean KL held at ε": ({"kl_quantile": 0.0}, ()),
     "no LayerNorm, no zero start": ({"normalize": False, "zero_start": False}, ()),
     "add 8": ({"add_activation": 8.0}, ()),
     "placeholder lr 1e-3": ({"lr_placeholder": 1e-3}, ()),

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, default_collate
 from transformers import (
     EarlyStoppingCallback,
+    EvalPrediction,
     PreTrainedModel,
     PrinterCallback,
     Trainer,
@@ -274,6 +275,22 @@ class ClassifierTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
+# far below 1/number of validation images, so that it decides between equal accuracies only
+TIE_BREAK = 1e-5
+
+
+def _accuracy_and_score(prediction: EvalPrediction) -> dict[str, float]:
+    """`accuracy`, and `score`: the accuracy, less a trace of the loss.
+
+    A small task reaches 100 % long before training ends. By accuracy alone the *first* such weights would be kept, which are
+    still unsure; a mask has to preserve the whole output, so an unsure classifier is hard to explain.
+    """
+    logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
+    accuracy = (logits.argmax(-1) == labels).float().mean().item()
+    loss = nn.functional.cross_entropy(logits.float(), labels).item()
+    return {"accuracy": accuracy, "score": accuracy - TIE_BREAK * min(loss, 1.0)}
+
+
 def train_classifier(
     model: PreTrainedModel,
     train_data: Pictures,
@@ -282,7 +299,7 @@ def train_classifier(
     output_dir: str | Path,
     resume: str | None = None,
 ) -> dict[str, float]:
-    """Train `model` in place, keep the best validation accuracy, and save it to `output_dir`.
+    """Train `model` in place, keep the best validation accuracy (of equal ones the lowest loss), and save it to `output_dir`.
 
     Returns the validation metrics of the kept weights (`eval_accuracy` in 0..1, `eval_loss` in nats).
     """
@@ -297,7 +314,7 @@ def train_classifier(
         chosen, output_dir, {"AdamW": "adamw_torch", "RAdam": "radam"}[chosen.optimizer],
         weight_decay=chosen.weight_decay, lr_scheduler_type=chosen.lr_schedule if not chosen.warmup_steps or chosen.lr_schedule != "constant" else "constant_with_warmup",
         warmup_steps=chosen.warmup_steps, eval_steps=chosen.log_every_n_steps, save_steps=chosen.log_every_n_steps,
-        save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="accuracy", greater_is_better=True, **steps,
+        save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=True, **steps,
     )  # fmt: skip
     trainer = ClassifierTrainer(
         model,
@@ -305,8 +322,8 @@ def train_classifier(
         train_dataset=train_data,
         eval_dataset=eval_data,
         data_collator=default_collate,
-        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
-        callbacks=[EarlyStoppingCallback(chosen.patience)],
+        compute_metrics=_accuracy_and_score,
+        callbacks=[EarlyStoppingCallback(chosen.patience, early_stopping_threshold=TIE_BREAK)],
     )
     with dropped_patches(model, chosen.patch_dropout):
         _finish(trainer, chosen, resume)
