@@ -69,7 +69,7 @@ def test_the_nearest_name_is_suggested(name, nearest):
         ("toy", {"split": "trian"}, "did you mean 'train'"),
         ("toy", {"augment": ["blurr"]}, "did you mean 'blur'"),
         *[("toy", {"grid_size": wrong}, "from 2 to 8") for wrong in (0, 1, 9, -3, 2.5, True, "3", None)],
-        *[("toy", {"class_idx": wrong}, "from 0 to 5") for wrong in (-1, 6, 0.5)],
+        *[("toy", {"class_idx": wrong}, "from 0 to 5") for wrong in (-1, 6, 0.5, True)],
         ("digits_QA", {"class_idx": 10}, "from 0 to 9"),
         *[("toy", {"image_size": wrong}, "image_size") for wrong in (0, -12, 13, 12.0, (12, 12))],
         ("digits_QA", {"image_size": 50}, "do not fill the image"),

@@ -106,6 +106,15 @@ def test_gates_stay_in_range_and_reach_its_ends(mul, add):
     assert log_alpha.min() < add - 0.9 * mul and log_alpha.max() > add + 0.9 * mul
 
 
+def test_a_gate_is_the_perceptron_of_the_paper():
+    network, embeddings, hidden = gate_network(), torch.randn(2, 9, 8), torch.randn(2, 9, 8)
+    (inner, inner_bias, outer, outer_bias) = network.parameters()
+    assert inner.shape == (2, 16) and outer.shape == (1, 2)  # 2d → d/4 → 1
+    middle = torch.tanh(torch.cat([embeddings, hidden], -1) @ inner.T + inner_bias)
+    by_hand = 15 * torch.tanh(middle @ outer.T + outer_bias)[..., 0] + 2
+    assert torch.allclose(network(embeddings, hidden), by_hand, atol=1e-5)
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_a_gate_looks_at_both_inputs_and_at_its_own_patch_only(normalize):
     network, embeddings, hidden = gate_network(normalize=normalize), torch.randn(2, 9, 8), torch.randn(2, 9, 8)

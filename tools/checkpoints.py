@@ -1,6 +1,6 @@
 """Train again what ships under data/checkpoints, with the commands that its cards state.
 
-    python tools/checkpoints.py            # all of them; about two minutes on two CPU cores
+    python tools/checkpoints.py            # all of them; about eight minutes on two CPU cores
     python tools/checkpoints.py toy        # one task
 
 Each part is copied from its run folder with a `card.json`: command, data, seconds, metrics, fingerprint.
@@ -27,7 +27,8 @@ TASKS = {
         "diffmask": "train --recipe quick --dataset toy --seed 0",
     },
     "digits": {
-        "base": "train-base --recipe quick --dataset digits --add_shift --num_epochs 60 --patience 60 --seed 0",
+        "base": "train-base --recipe quick --dataset digits --mimetic_start --add_shift --add_rotation "
+        "--num_epochs 150 --patience 150 --seed 0",
         "diffmask": "train --recipe quick --dataset digits --max_steps 1500 --seed 0",
     },
 }
