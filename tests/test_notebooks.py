@@ -124,7 +124,7 @@ def test_every_notebook_has_exercises():
         assert 2 <= len(tagged(notebook, "exercise")) == len(tagged(notebook, "grader"))
 
 
-@pytest.mark.parametrize(("path", "number"), exercises())
+@pytest.mark.parametrize(("path", "number"), list(exercises()))
 def test_solution_passes_and_stub_does_not(path, number):
     notebook = read(path)
     setup = "\n".join(c.source for c in tagged(notebook, "setup"))

@@ -266,7 +266,6 @@ def test_seed_decides_the_order_of_the_data(toy, tmp_path):
     assert fingerprint(first) == fingerprint(same_seed) != fingerprint(other)  # all three started from the same weights
 
 
-@pytest.mark.xfail(reason="the batches left of the epoch are augmented as in epoch 0", strict=True)
 def test_a_resumed_run_augments_as_the_uninterrupted_one(toy, tmp_path):
     data = load_data("toy", "train", image_size=12, length=80, augment=["noise"])  # 5 steps per epoch
     changes = {"data": data, "max_steps": 12, "log_every_n_steps": 4, "lr": 1e-2}
@@ -283,9 +282,7 @@ def test_a_resumed_run_augments_as_the_uninterrupted_one(toy, tmp_path):
         ("AdamW", "constant", 2, [0.0, 0.5, 1, 1]),
         ("AdamW", "linear", 0, [1, 0.75, 0.5, 0.25]),
         ("AdamW", "cosine", 2, [0.0, 0.5, 1, 0.5]),
-        pytest.param(
-            "RAdam", "constant", 0, [1, 1, 1, 1], marks=pytest.mark.xfail(reason="no name of Trainer's", strict=True)
-        ),
+        ("RAdam", "constant", 0, [1, 1, 1, 1]),
     ],
 )
 def test_learning_rate_of_the_classifier(toy, tmp_path, optimizer, schedule, warmup, expected):

@@ -9,7 +9,7 @@ import logging
 import sys
 from pathlib import Path
 
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser, PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
 from vdm_utils.data import Pictures, load_data
@@ -25,16 +25,25 @@ from vdm_utils.training import (
     train_classifier,
     train_diffmask,
 )
-from vdm_utils.vit import build_classifier, load_classifier, mimetic_start
+from vdm_utils.vit import as_pair, build_classifier, load_classifier, mimetic_start
+
+
+class Parser(HfArgumentParser):
+    """Mistakes on the command line become a `VDMError` like all others, without a page of usage."""
+
+    def error(self, message: str):
+        raise VDMError(message, where=self.prog, fix="see --help")
 
 
 def parse(kind: type, job: str, words: list[str]) -> RunSettings:
     """Settings from a command line: the recipe's defaults, then the flags, which always win."""
     wide = functools.partial(argparse.ArgumentDefaultsHelpFormatter, width=100, max_help_position=34)
-    parser = HfArgumentParser(kind, prog=f"python -m vdm_utils {job}", formatter_class=wide, allow_abbrev=False)
+    parser = Parser(kind, prog=f"python -m vdm_utils {job}", formatter_class=wide, allow_abbrev=False)
     recipe, _ = parser.parse_known_args([w for w in words if w not in ("-h", "--help")])
     parser.set_defaults(**RECIPES[recipe.recipe][kind])
-    (chosen,) = parser.parse_args_into_dataclasses(words)
+    chosen, *rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    if any(rest):
+        raise unknown_name("option", rest[0][0], [f"--{name}" for name in vars(chosen)], f"python -m vdm_utils {job}")
     chosen.validate()
     return chosen
 
@@ -48,6 +57,9 @@ def output_folder(chosen: RunSettings, job: str, resume: str | None = None) -> P
         numbered = (Path(f"{base}-{n}") for n in range(2, 10_000))
         return Path(base) if not Path(base).exists() else next(p for p in numbered if not p.exists())
     folder = Path(chosen.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise VDMError("the output folder is a file", where=job, expected="a new or empty folder", got=folder,
+                       fix="name another --output_dir")  # fmt: skip
     if (folder / "config.json").exists() and resume is None:
         raise VDMError("the output folder already holds a run", where=job, expected="an empty or new folder", got=folder,
                        fix="name another --output_dir, resume it, or remove it")  # fmt: skip
@@ -61,10 +73,34 @@ def datasets(chosen: RunSettings, image_size: int | None = None) -> tuple[Pictur
     return tuple(load_data(chosen.dataset, split, **options) for split in ("train", "validation"))
 
 
+def check_fit(model: PreTrainedModel, data: Pictures, job: str, classes: bool = True) -> None:
+    """Raise `VDMError` unless the classifier takes this dataset's pictures and, with `classes`, predicts its classes."""
+
+    def describe(labels: dict, channels: int, size: tuple[int, int]) -> str:
+        named = f"{len(labels)} classes ({labels[0]}, …), " if classes else ""
+        return f"{named}{channels} channel{'s' * (channels > 1)}, {size[0]}×{size[1]} pixels"
+
+    config = getattr(model.config, "vision_config", model.config)
+    # a ConvNeXt takes any size, and so has a size that means nothing
+    size = data.image_size if hasattr(config, "depths") else as_pair(config.image_size)
+    fits = (config.num_channels, tuple(size)) == (data.num_channels, tuple(data.image_size))
+    if classes:
+        fits &= model.config.num_labels == data.num_labels
+        # what a grid's classes count is in their names only; those of photographs are spelled differently by everyone
+        names = dict(model.config.id2label)
+        fits &= not data.has_truth or names[0].startswith("LABEL_") or names == dict(data.id2label)
+    if not fits:
+        raise VDMError("the classifier was not trained for this dataset", where=job,
+                       expected=describe(data.id2label, data.num_channels, data.image_size),
+                       got=describe(model.config.id2label, config.num_channels, size),
+                       fix="train one with train-base, or change the data options or --from_pretrained")  # fmt: skip
+
+
 def new_classifier(chosen: ClassifierSettings, data: Pictures):
     """The base that `train-base` starts from: a checkpoint, or random weights."""
     if chosen.from_pretrained:
         model = load_classifier(chosen.from_pretrained, num_labels=data.num_labels)
+        check_fit(model, data, "train-base", classes=False)
         model.config.id2label = dict(data.id2label)
         model.config.label2id = {name: label for label, name in data.id2label.items()}
         return model
@@ -103,11 +139,7 @@ def train(words: list[str]) -> dict:
     set_seed(chosen.seed)
     diffmask = VisionDiffMask.for_classifier(model, **chosen.config())
     train, validation = datasets(chosen, image_size=diffmask.view.image_size[0])
-    if train.num_labels != model.config.num_labels or train.num_channels != diffmask.view.num_channels:
-        raise VDMError("the classifier was not trained for this dataset", where="train",
-                       expected=f"{train.num_labels} classes, {train.num_channels} channels",
-                       got=f"{model.config.num_labels} classes, {diffmask.view.num_channels} channels",
-                       fix="train one with train-base, or change --dataset or --from_pretrained")  # fmt: skip
+    check_fit(model, train, "train")
     pictures = SampleImages(validation, chosen.sample_images) if chosen.sample_images > 0 else None
     metrics = train_diffmask(
         diffmask, train, validation, chosen, folder, chosen.diffmask_checkpoint, (pictures,) if pictures else ()
@@ -126,6 +158,7 @@ def eval_base(words: list[str]) -> dict:
     size = getattr(model.config, "image_size", None)
     options = chosen.data_options() | {"image_size": chosen.image_size or (size if isinstance(size, int) else None)}
     test = load_data(chosen.dataset, "test", **options)
+    check_fit(model, test, "eval-base")
     metrics = evaluate_classifier(model, test)
     if chosen.output_dir:
         model.save_pretrained(output_folder(chosen, "eval-base"))

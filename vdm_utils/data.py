@@ -108,7 +108,7 @@ def augment_batch(pixels: torch.Tensor, names: Sequence[str], seed: int, index: 
     reference, where images span −1..1.
     """
     batch, _, height, width = pixels.shape
-    u = torch.from_numpy(hashed_uniform(seed, 11, index, 6)).float()  # [B, 6]
+    u = torch.from_numpy(hashed_uniform(seed, 11, index, 6))  # [B, 6], in 64 bits: in 32 it could round up to 1
     if "flip" in names:
         pixels = torch.where((u[:, 0] < 0.5)[:, None, None, None], pixels.flip(-1), pixels)
     if "shift" in names:
@@ -127,7 +127,7 @@ def augment_batch(pixels: torch.Tensor, names: Sequence[str], seed: int, index: 
         sigmas = (0.1 + 1.9 * u[:, 4]).tolist()
         pixels = torch.stack([transforms.gaussian_blur(p, [3, 3], [s, s]) for p, s in zip(pixels, sigmas, strict=True)])
     if "noise" in names:
-        seeds = (u[:, 5].double() * 2**31).long().tolist()
+        seeds = (u[:, 5] * 2**31).long().tolist()
         noise = [torch.randn(pixels.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
         pixels = pixels + 0.5 * torch.stack(noise)  # 0.5 in [0, 1] is 1 after normalisation
     return pixels

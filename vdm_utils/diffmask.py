@@ -123,12 +123,27 @@ class VisionDiffMask(PreTrainedModel):
     def for_classifier(cls, model: PreTrainedModel, **config) -> VisionDiffMask:
         """A fresh `VisionDiffMask` around `model`; keyword arguments are those of `VisionDiffMaskConfig`."""
         view = PatchView(model)
+        where = "VisionDiffMask.for_classifier"
+        own = {"hidden_size": view.hidden_size, "num_gates": view.num_states}
         known = VisionDiffMaskConfig().to_dict()
         for key in config:
-            if key not in known:
-                raise VDMError(f"unknown setting {key!r}", where="VisionDiffMask.for_classifier",
-                               expected="a field of VisionDiffMaskConfig", got=key, fix="check the spelling")  # fmt: skip
-        diffmask = cls(VisionDiffMaskConfig(hidden_size=view.hidden_size, num_gates=view.num_states, **config))
+            if key not in known or key in own:
+                raise VDMError(f"unknown setting {key!r}", where=where, expected="a field of VisionDiffMaskConfig other than "
+                               "those that the classifier sets", got=key, fix="check the spelling, or leave it out")  # fmt: skip
+        settings = VisionDiffMaskConfig(**own, **config)
+        lowest = 1e-6 if settings.log_multiplier else 0.0
+        for key, holds, expected in (
+            ("eps", settings.eps > 0, "a positive number"),
+            ("temperature", settings.temperature > 0, "a positive number"),
+            ("low", settings.low < 0, "a negative number"),
+            ("high", settings.high >= 1, "at least 1"),
+            ("alpha", lowest <= settings.alpha_min <= settings.alpha <= settings.alpha_max,
+             f"{lowest} <= alpha_min <= alpha <= alpha_max"),
+        ):  # fmt: skip
+            if not holds:
+                raise VDMError(f"{key} is out of range", where=where, expected=expected, got=getattr(settings, key),
+                               fix=f"change {key}")  # fmt: skip
+        diffmask = cls(settings)
         diffmask.config.base_name_or_path = str(model.name_or_path or "")
         diffmask.attach(model)
         return diffmask.to(model.device)
@@ -166,13 +181,16 @@ class VisionDiffMask(PreTrainedModel):
     def votes(self, states: PatchStates, upto: int | None = None) -> HardConcrete:
         """The votes of gates 0..upto (all by default) as one distribution of shape [B, k, N]."""
         last = self.config.num_gates - 1 if upto is None else upto
-        log_alpha = [gate(states.embeddings, hidden) for gate, hidden in zip(self.gates[: last + 1], states.hidden)]
+        dtype = self.multiplier.parameter.dtype  # of the gates, whatever the precision of the base
+        embeddings = states.embeddings.to(dtype)
+        log_alpha = [gate(embeddings, h.to(dtype)) for gate, h in zip(self.gates[: last + 1], states.hidden)]
         return HardConcrete(torch.stack(log_alpha, dim=1), self.config.temperature, self.config.low, self.config.high)
 
     def masked_logits(self, pixel_values: torch.Tensor, states: PatchStates, mask: torch.Tensor) -> torch.Tensor:
         """Logits [B, C] with the patches blended by `mask` [B, N] or [B, rows, cols]."""
-        placeholder = torch.zeros_like(states.embeddings[0, 0]) if self.placeholder is None else self.placeholder
-        blended = mask_embeddings(states.embeddings, mask.flatten(1).to(states.embeddings.dtype), placeholder)
+        embeddings = states.embeddings.to(self.multiplier.parameter.dtype)
+        placeholder = torch.zeros_like(embeddings[0, 0]) if self.placeholder is None else self.placeholder
+        blended = mask_embeddings(embeddings, mask.flatten(1).to(embeddings.dtype), placeholder)
         return self._view().logits(pixel_values, blended)
 
     def forward(self, pixel_values: torch.Tensor, layer: int) -> DiffMaskOutput:
@@ -186,7 +204,7 @@ class VisionDiffMask(PreTrainedModel):
         votes = self.votes(states, layer)
         mask = votes.rsample().prod(dim=1)  # [B, N]
         masked_logits = self.masked_logits(pixel_values, states, mask)
-        kl = kl_divergence(states.logits, masked_logits)  # [B]
+        kl = kl_divergence(states.logits.float(), masked_logits.float())  # [B]
         l0 = expected_l0(votes.log_prob_nonzero.sum(dim=1))  # [B]
         primal = lagrangian(l0.mean(), kl.mean(), self.multiplier.value[layer], self.config.eps)
         # a mean within ε still lets single images break the promise; a high quantile holds for nearly all of them
@@ -208,7 +226,7 @@ class VisionDiffMask(PreTrainedModel):
             check: run the base on the masked images as well, for `kl` and `masked_logits`.
         """
         gates = self.config.num_gates
-        if layer is not None and not (isinstance(layer, int) and 0 <= layer < gates):
+        if layer is not None and not (type(layer) is int and 0 <= layer < gates):
             raise VDMError("no such layer", where="VisionDiffMask.explain", expected=f"0..{gates - 1} or None", got=repr(layer),
                            fix="leave layer out to see the final mask")  # fmt: skip
         view = self._view()
@@ -218,7 +236,7 @@ class VisionDiffMask(PreTrainedModel):
         scores = log_prob[:, -1 if layer is None else layer]
         mask = scores.exp()
         masked_logits = self.masked_logits(pixel_values, states, mask) if check else None
-        kl = kl_divergence(states.logits, masked_logits) if check else None
+        kl = kl_divergence(states.logits.float(), masked_logits.float()) if check else None
         return Explanation(mask, log_prob.exp(), scores, mask.mean(dim=(1, 2)), states.logits, masked_logits, kl)
 
     # ------------------------------------------------------------------ checkpoints

@@ -15,7 +15,7 @@ class VDMError(ValueError):
     def __init__(self, what: str, *, where: str = "", expected: object = "", got: object = "", fix: str = ""):
         parts = {"where": where, "expected": expected, "got": got, "what to do": fix}
         # repr-like values are cut so that a stray tensor in a message cannot fill the screen
-        lines = [f"  {name}: {str(value)[:300]}" for name, value in parts.items() if str(value) != ""]
+        lines = [f"  {name}: {' '.join(str(value).split())[:300]}" for name, value in parts.items() if str(value) != ""]
         super().__init__("\n".join([what, *lines]))
 
 

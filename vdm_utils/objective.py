@@ -42,7 +42,8 @@ class Multiplier(nn.Module):
     """One Lagrange multiplier α_k ≥ 0 per gate, kept in [minimum, maximum] after every optimizer step.
 
     `log_space`: the parameter is ρ = log α, so that α grows and shrinks by a factor per step instead of by a constant.
-    The floor matters: with α near 0 a mask that has overshot gets no signal to come back.
+    The floor matters: with α near 0 a mask that has overshot gets no signal to come back. All α_k are one parameter, so
+    Adam's momentum carries a price on for some steps after its gate was drawn: it moves as fast as if drawn every time.
     """
 
     def __init__(self, count: int, start: float, minimum: float, maximum: float, log_space: bool):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pandas as pd
 import torch
@@ -23,6 +23,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint
 
 from vdm_utils.data import DATASETS, Pictures
@@ -32,6 +33,14 @@ from vdm_utils.errors import VDMError, unknown_name
 # A layer counts as settled when its class is kept this often with this fraction of patches (De Cao et al. 2020's code);
 # with --weighted_layer_distribution it is then drawn ten times less often.
 SETTLED_ACCURACY, SETTLED_L0, SETTLED_WEIGHT = 0.75, 0.1, 0.1
+
+
+# name: (lowest allowed, first not allowed)
+LIMITS = {
+    "batch_size": (1, 2**20), "num_workers": (0, 1024), "num_epochs": (1e-9, 1e9), "log_every_n_steps": (1, 2**32),
+    "warmup_steps": (0, 2**32), "gate_warmup_steps": (0, 2**32), "patience": (1, 2**32), "lr": (0, 1e3), "weight_decay": (0, 1e3),
+    "patch_dropout": (0, 1), "adam_beta2": (0, 1), "kl_quantile": (0, 1), "eps": (1e-12, 1e9),
+}  # fmt: skip
 
 
 def option(default, text: str):
@@ -74,12 +83,24 @@ class RunSettings:
         return {name: getattr(self, name) for name in names} | {"augment": self.augmentations()}
 
     def validate(self) -> None:
-        """Raise `VDMError` for a number that no training run can use."""
-        for name, value in vars(self).items():
-            if name in ("batch_size", "log_every_n_steps", "num_epochs") and not value > 0:
-                raise _out_of_range(name, "a positive number", value)
-            if name.startswith("lr") and name != "lr_schedule" and not 0 <= value <= 1e3:
-                raise _out_of_range(name, "a number from 0 to 1000", value)
+        """Raise `VDMError` for a value that no training run can use."""
+        for name, kind in get_type_hints(type(self)).items():
+            value, choices = getattr(self, name), get_args(kind)
+            if get_origin(kind) is Literal and value not in choices:
+                raise _out_of_range(name, ", ".join(map(str, choices)), value)
+            if kind is int and type(value) is not int:
+                raise _out_of_range(name, "a whole number", value)
+            if kind is float:  # NaN is in no interval
+                low, high = LIMITS.get("lr" if name.startswith("lr_") else name, (-1e9, 1e9))
+            elif kind is int:
+                low, high = LIMITS.get(name, (-(2**32), 2**32))
+            else:
+                continue
+            if not low <= value < high:
+                raise _out_of_range(name, f"{low} <= {name} < {high}", value)
+        trackers = ["none", "all", *get_available_reporting_integrations()]
+        if self.report_to not in trackers:
+            raise _out_of_range("report_to", "one of the installed trackers: " + ", ".join(trackers), self.report_to)
 
 
 @dataclass
@@ -139,10 +160,6 @@ class DiffMaskSettings(RunSettings):
     def validate(self) -> None:
         """Raise `VDMError` for a number that no training run can use."""
         super().validate()
-        if not self.eps > 0:
-            raise _out_of_range("eps", "a positive number", self.eps)
-        if not 0 <= self.kl_quantile < 1:
-            raise _out_of_range("kl_quantile", "a number from 0 to 1", self.kl_quantile)
         low = 1e-6 if self.log_multiplier else 0
         if not low <= self.alpha_min <= self.alpha <= self.alpha_max:
             raise _out_of_range("alpha", f"{low} <= alpha_min <= alpha <= alpha_max",
@@ -185,6 +202,16 @@ def _out_of_range(name, expected, got) -> VDMError:
 # ---------------------------------------------------------------- what both jobs share
 
 
+class TellEpoch(TrainerCallback):
+    """Tells the training data its epoch; Trainer does so too, but not for the rest of the epoch in which a run resumes."""
+
+    def __init__(self, data: Pictures):
+        self.data = data
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.data.set_epoch(int(state.epoch))
+
+
 class MetricsFile(TrainerCallback):
     """Writes everything that was logged to `metrics.csv`; a resumed run keeps the rows from before."""
 
@@ -216,6 +243,7 @@ def _finish(trainer: Trainer, chosen: RunSettings, resume: str | None) -> None:
     """Run a Trainer from the start or from a checkpoint; `resume` is a folder, 'last' or None."""
     trainer.remove_callback(PrinterCallback)  # metrics go to metrics.csv, not to stdout
     trainer.add_callback(MetricsFile)
+    trainer.add_callback(TellEpoch(trainer.train_dataset))
     if resume == "last":
         resume = get_last_checkpoint(trainer.args.output_dir)
     elif resume is not None and not Path(resume, "trainer_state.json").is_file():
@@ -311,8 +339,7 @@ def train_classifier(
         else {"eval_strategy": "epoch", "save_strategy": "epoch"}
     )
     arguments = _arguments(
-        chosen, output_dir, {"AdamW": "adamw_torch", "RAdam": "radam"}[chosen.optimizer],
-        weight_decay=chosen.weight_decay, lr_scheduler_type=chosen.lr_schedule if not chosen.warmup_steps or chosen.lr_schedule != "constant" else "constant_with_warmup",
+        chosen, output_dir, "adamw_torch", weight_decay=chosen.weight_decay, lr_scheduler_type=chosen.lr_schedule if not chosen.warmup_steps or chosen.lr_schedule != "constant" else "constant_with_warmup",
         warmup_steps=chosen.warmup_steps, eval_steps=chosen.log_every_n_steps, save_steps=chosen.log_every_n_steps,
         save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=True, **steps,
     )  # fmt: skip
@@ -323,6 +350,10 @@ def train_classifier(
         eval_dataset=eval_data,
         data_collator=default_collate,
         compute_metrics=_accuracy_and_score,
+        # no name of Trainer's stands for RAdam with decoupled weight decay
+        optimizer_cls_and_kwargs=(torch.optim.RAdam, {"lr": chosen.lr, "decoupled_weight_decay": True})
+        if chosen.optimizer == "RAdam"
+        else None,
         callbacks=[EarlyStoppingCallback(chosen.patience, early_stopping_threshold=TIE_BREAK)],
     )
     with dropped_patches(model, chosen.patch_dropout):

@@ -63,7 +63,7 @@ def build_classifier(
         raise unknown_name("architecture", architecture, sizes, where)
     if size not in VIT_SIZES:
         raise unknown_name("size", size, VIT_SIZES, where)
-    image, patch = _pair(image_size), _pair(patch_size)
+    image, patch = as_pair(image_size), as_pair(patch_size)
     if min(*image, *patch) < 1 or image[0] % patch[0] or image[1] % patch[1]:
         raise VDMError("the patches do not tile the image", where=where, expected="image_size a multiple of patch_size",
                        got=f"image {image}, patch {patch}", fix="change one of the two")  # fmt: skip
@@ -191,8 +191,8 @@ class PatchView:
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        config = getattr(model.config, "vision_config", model.config)
-        name = type(model).__name__
+        config = getattr(model, "config", None)
+        config, name = getattr(config, "vision_config", config), type(model).__name__
         layer_count = getattr(config, "num_hidden_layers", None)
         stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layer_count]
         projection = next(
@@ -205,7 +205,7 @@ class PatchView:
                            expected="patch embeddings and a list of config.num_hidden_layers layers", got=name,
                            fix="use ViT, DeiT, DINOv2, BEiT or SigLIP")  # fmt: skip
         self.projection, self.layers = projection, stacks[0]
-        self.patch_size, self.image_size = _pair(config.patch_size), _pair(config.image_size)
+        self.patch_size, self.image_size = as_pair(config.patch_size), as_pair(config.image_size)
         self.num_channels, self.hidden_size = config.num_channels, config.hidden_size
         self.num_states = len(self.layers) + 2  # K
         # listed once: walking the tree at every call would cost a tiny model a tenth of its time
@@ -286,7 +286,7 @@ class PatchView:
 
         def replace(module, inputs, output):
             if output.dim() == 4:
-                return embeddings.transpose(1, 2).reshape(output.shape)
+                return embeddings.transpose(1, 2).reshape(output.shape).to(output.dtype)
             return embeddings.to(output.dtype)
 
         with ExitStack() as stack:
@@ -295,5 +295,6 @@ class PatchView:
             return self.model(pixel_values).logits
 
 
-def _pair(size) -> tuple[int, int]:
+def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) from one number or two."""
     return (size, size) if isinstance(size, int) else tuple(size)
