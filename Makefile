@@ -32,8 +32,9 @@ unit: setup
 nbval: setup  ## execute every notebook and compare its outputs with the committed ones
 	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=$(CELL_TIMEOUT) $(NOTEBOOKS)
 
-checkpoints: setup  ## train again what ships in data/checkpoints
+checkpoints: setup  ## train again what ships in data/checkpoints, and draw the README picture
 	$(BIN)/python tools/checkpoints.py
+	$(BIN)/python tools/picture.py
 
 benchmarks: setup  ## measure the README's tables again
 	$(BIN)/python benchmarks/toy_recovery.py --seeds 10

@@ -17,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from vdm_utils.notebook import CHECKPOINTS
 from vdm_utils.vit import fingerprint, load_classifier
 
@@ -54,7 +56,9 @@ def main() -> None:
             metrics = json.loads(done.stdout)
             card = {
                 "command": f"python -m vdm_utils {words}" + (f" --from_pretrained data/checkpoints/{task}/base" if base else ""),
-                "seconds on two CPU cores": round(time.perf_counter() - start),
+                "data": words.split("--dataset ")[1].split()[0],
+                "seconds": round(time.perf_counter() - start),
+                "CPU threads": torch.get_num_threads(),
                 "validation": {k: v for k, v in metrics.items() if k.startswith("eval_") and "second" not in k and k != "eval_runtime"},
             }  # fmt: skip
             if part == "base":

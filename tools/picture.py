@@ -1,0 +1,20 @@
+"""Draw the README's picture: what the shipped masks keep of digits that nothing was trained on."""
+
+from transformers.utils import logging as transformers_logging
+
+from vdm_utils.data import load_data
+from vdm_utils.diffmask import VisionDiffMask
+from vdm_utils.notebook import REPOSITORY, checkpoint
+from vdm_utils.plots import explanation_grid, to_png
+
+transformers_logging.disable_progress_bar()
+diffmask = VisionDiffMask.from_pretrained(checkpoint("digits", "diffmask"))
+test = load_data("digits", "test")
+# the first test picture of each of eight digits
+labels = test.batch(range(len(test)))["labels"]
+pictures = test.batch([(labels == digit).nonzero()[0].item() for digit in range(8)])["pixel_values"]
+figure = explanation_grid(pictures, diffmask.explain(pictures), test.id2label)
+target = REPOSITORY / "data" / "pictures" / "explanations.png"
+target.parent.mkdir(exist_ok=True)
+target.write_bytes(to_png(figure))
+print(f"wrote {target.relative_to(REPOSITORY)}")
