@@ -202,7 +202,10 @@ MISTAKES = {  # name: (words, what the message has to contain)
     "base that counts something else": (["train", *TINY, "--class_idx", "0", "--from_pretrained", "TOY"], "red"),
     "base for other channels, fine-tuned": (["train-base", *TINY, "--from_pretrained", "DIGITS"], "1 channel"),
     "base for other sizes, fine-tuned": (["train-base", *TINY, "--image_size", "24", "--from_pretrained", "TOY"], "12"),
-    "base for other channels, evaluated": (["eval-base", "--dataset", "toy", "--from_pretrained", "DIGITS"], "image_size 16"),
+    "base for other channels, evaluated": (
+        ["eval-base", "--dataset", "toy", "--from_pretrained", "DIGITS"],
+        "image_size 16",
+    ),
     "base for other classes, evaluated": (["eval-base", "--grid_size", "2", "--from_pretrained", "TOY"], "5 classes"),
     "nothing to evaluate": (["eval-base"], "nothing to evaluate"),
     "nothing to resume": (["train-base", *TINY, "--checkpoint", "nowhere"], "nothing to resume"),

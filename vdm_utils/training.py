@@ -39,7 +39,7 @@ SETTLED_ACCURACY, SETTLED_L0, SETTLED_WEIGHT = 0.75, 0.1, 0.1
 LIMITS = {
     "batch_size": (1, 2**20), "num_workers": (0, 1024), "num_epochs": (1e-9, 1e9), "log_every_n_steps": (1, 2**32),
     "warmup_steps": (0, 2**32), "gate_warmup_steps": (0, 2**32), "patience": (1, 2**32), "lr": (0, 1e3), "weight_decay": (0, 1e3),
-    "patch_dropout": (0, 1), "adam_beta2": (0, 1), "kl_quantile": (0, 1), "eps": (1e-12, 1e9),
+    "patch_dropout": (0, 1), "adam_beta2": (0, 1), "lr_decay": (0, 1.001), "kl_quantile": (0, 1), "eps": (1e-12, 1e9),
 }  # fmt: skip
 
 
@@ -91,7 +91,7 @@ class RunSettings:
             if kind is int and type(value) is not int:
                 raise _out_of_range(name, "a whole number", value)
             if kind is float:  # NaN is in no interval
-                low, high = LIMITS.get("lr" if name.startswith("lr_") else name, (-1e9, 1e9))
+                low, high = LIMITS.get("lr" if name.startswith("lr_") and name != "lr_decay" else name, (-1e9, 1e9))
             elif kind is int:
                 low, high = LIMITS.get(name, (-(2**32), 2**32))
             else:
@@ -142,6 +142,7 @@ class DiffMaskSettings(RunSettings):
     lr: float = option(2e-5, "learning rate of the gates")
     lr_placeholder: float = option(1e-3, "learning rate of the placeholder")
     lr_alpha: float = option(0.3, "learning rate of the multipliers (of their logarithm with log_multiplier)")
+    lr_decay: float = option(0.0, "last share of the steps in which gates and placeholder slow down linearly to a stop")
     gate_warmup_steps: int = option(1200, "steps of linear warm-up of the gates")
     adam_beta2: float = option(0.999, "second-moment decay of Adam")
     mul_activation: float = option(15.0, "log_alpha = mul · tanh(·) + add")
@@ -175,7 +176,7 @@ RECIPES: dict[str, dict[type, dict]] = {
         DiffMaskSettings: {
             "lr": 2e-3, "lr_placeholder": 1e-2, "lr_alpha": 0.03, "adam_beta2": 0.95, "gate_warmup_steps": 0,
             "alpha": 10.0, "alpha_min": 1.0, "log_multiplier": True, "add_activation": 2.0, "normalize": True,
-            "zero_start": True, "max_steps": 800, "kl_quantile": 0.95, "num_workers": 0, "dataset": "toy",
+            "zero_start": True, "max_steps": 800, "lr_decay": 0.3, "kl_quantile": 0.95, "num_workers": 0, "dataset": "toy",
         },
     },
     # the paper's run: 20 epochs at 224×224 on a GPU
@@ -403,12 +404,19 @@ class DiffMaskTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps, optimizer=None):
-        warmup = self.chosen.gate_warmup_steps
+        warmup, decay = self.chosen.gate_warmup_steps, self.chosen.lr_decay * num_training_steps
 
-        def gates_only(step: int) -> float:
+        def warm_up(step: int) -> float:
             return min(1.0, (step + 1) / warmup) if warmup else 1.0
 
-        rules = [gates_only] + [lambda step: 1.0] * (len(self.optimizer.param_groups) - 1)
+        def slow_down(step: int) -> float:
+            # Adam divides by the size of the gradient, so a placeholder with nothing left to learn walks at full speed
+            return min(1.0, (num_training_steps - step) / decay) if decay else 1.0
+
+        rules = [lambda step: warm_up(step) * slow_down(step)]
+        if self.model.placeholder is not None:
+            rules.append(slow_down)
+        rules.append(lambda step: 1.0)  # the multipliers keep watch to the end
         self.lr_scheduler = LambdaLR(self.optimizer, rules)
         return self.lr_scheduler
 
