@@ -127,11 +127,20 @@ def test_training_leaves_the_base_as_it_was(base, toy, tmp_path):
 
 
 def test_only_the_gates_warm_up(base, toy, tmp_path):
-    changes = {"gate_warmup_steps": 10, "lr": 1e-2, "lr_placeholder": 2e-2, "lr_alpha": 0.5}
+    changes = {"lr_decay": 0.0, "gate_warmup_steps": 10, "lr": 1e-2, "lr_placeholder": 2e-2, "lr_alpha": 0.5}
     _, _, recorder = run_diffmask(base, toy, tmp_path, **changes)
     gates, placeholder, alpha = zip(*recorder.rates)
     assert gates == pytest.approx([min(1, n / 10) * 1e-2 for n in range(1, 13)])
     assert set(placeholder) == {2e-2} and set(alpha) == {0.5} and recorder.clipping == 0
+
+
+def test_gates_and_placeholder_slow_down_to_a_stop(base, toy, tmp_path):
+    changes = {"lr_decay": 0.5, "gate_warmup_steps": 0, "lr": 1e-2, "lr_placeholder": 2e-2, "lr_alpha": 0.5}
+    _, _, recorder = run_diffmask(base, toy, tmp_path, **changes)
+    gates, placeholder, alpha = zip(*recorder.rates)
+    slower = [min(1, (12 - n) / 6) for n in range(12)]  # of 12 steps the last 6
+    assert gates == pytest.approx([1e-2 * factor for factor in slower]) and set(alpha) == {0.5}
+    assert placeholder == pytest.approx([2e-2 * factor for factor in slower])
 
 
 @pytest.mark.parametrize("no_placeholder", [False, True])
