@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from transformers import TrainerCallback, ViTForImageClassification, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from vdm_utils.data import load_data
@@ -65,16 +65,9 @@ def base_for(seed: int, grid_size: int, class_idx: int, folder: Path):
     options = {"grid_size": grid_size, "class_idx": class_idx, "seed": seed}
     train, validation, test = (load_data("toy", split, **options) for split in ("train", "validation", "test"))
     if not (folder / "config.json").exists():
-        # More cells take longer to count, and four heads of 16 dimensions count a large grid by comparing colours: right on
-        # every picture of the task, unsure when all distractors look alike, as they do behind a mask. One head does not.
-        steps, heads = (200 * grid_size, 4) if grid_size <= 3 else (100 * grid_size**2, 1)
         set_seed(seed)
-        shape = {"image_size": train.image_size, "patch_size": train.patch_size, "id2label": train.id2label}
-        config = build_classifier("vit", "tiny", **shape).config
-        config.num_attention_heads = heads
-        set_seed(seed)
-        model = ViTForImageClassification(config)
-        chosen = settings(ClassifierSettings, "quick", max_steps=steps, log_every_n_steps=100, seed=seed)
+        model = build_classifier("vit", "tiny", train.image_size, train.patch_size, id2label=train.id2label)
+        chosen = settings(ClassifierSettings, "quick", max_steps=200 * grid_size, log_every_n_steps=100, seed=seed)
         train_classifier(model, train, validation, chosen, folder)
     model = load_classifier(str(folder))
     return model, train, validation, test, evaluate_classifier(model, test)["accuracy"]

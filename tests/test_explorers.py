@@ -184,8 +184,8 @@ def one_thread():
 def test_answers_a_drag_in_time(request, one_thread, widget, name):
     explorer, taken = request.getfixturevalue(widget), []
     for value in (1, 2, 3, 4, 3, 2, 1):
-        before, start = explorer.picture.value, time.perf_counter()
+        before, start = explorer.picture.value, time.thread_time()
         explorer.controls[name].value = value
-        taken.append(time.perf_counter() - start)
+        taken.append(time.thread_time() - start)
         assert explorer.picture.value != before  # it did draw
-    assert min(taken) < DRAG  # the fastest: this says what the code needs, not what else the machine was doing
+    assert min(taken) < DRAG  # in CPU seconds: what the code needs, not what else the machine was doing
