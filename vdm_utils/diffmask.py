@@ -55,6 +55,23 @@ class VisionDiffMaskConfig(PreTrainedConfig):
     base_fingerprint: str = ""
 
 
+def check_numbers(config: VisionDiffMaskConfig, where: str) -> None:
+    """Raise `VDMError` for a number with which there is no objective or no gate."""
+    lowest = 1e-6 if config.log_multiplier else 0.0
+    for name, holds, expected in (
+        ("eps", config.eps > 0, "a positive number"),
+        ("kl_quantile", 0 <= config.kl_quantile < 1, "0 <= kl_quantile < 1"),
+        ("temperature", config.temperature > 0, "a positive number"),
+        ("low", config.low < 0, "a negative number"),
+        ("high", config.high >= 1, "at least 1"),
+        ("alpha", lowest <= config.alpha_min <= config.alpha <= config.alpha_max,
+         f"{lowest} <= alpha_min <= alpha <= alpha_max"),
+    ):  # fmt: skip
+        if not holds:
+            raise VDMError(f"{name} is out of range", where=where, expected=expected, got=getattr(config, name),
+                           fix=f"change {name}")  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Explanation:
     """What an image can do without. B images, K gates, a grid of rows × cols patches.
@@ -131,18 +148,7 @@ class VisionDiffMask(PreTrainedModel):
                 raise VDMError(f"unknown setting {key!r}", where=where, expected="a field of VisionDiffMaskConfig other than "
                                "those that the classifier sets", got=key, fix="check the spelling, or leave it out")  # fmt: skip
         settings = VisionDiffMaskConfig(**own, **config)
-        lowest = 1e-6 if settings.log_multiplier else 0.0
-        for key, holds, expected in (
-            ("eps", settings.eps > 0, "a positive number"),
-            ("temperature", settings.temperature > 0, "a positive number"),
-            ("low", settings.low < 0, "a negative number"),
-            ("high", settings.high >= 1, "at least 1"),
-            ("alpha", lowest <= settings.alpha_min <= settings.alpha <= settings.alpha_max,
-             f"{lowest} <= alpha_min <= alpha <= alpha_max"),
-        ):  # fmt: skip
-            if not holds:
-                raise VDMError(f"{key} is out of range", where=where, expected=expected, got=getattr(settings, key),
-                               fix=f"change {key}")  # fmt: skip
+        check_numbers(settings, where)
         diffmask = cls(settings)
         diffmask.config.base_name_or_path = str(model.name_or_path or "")
         diffmask.attach(model)

@@ -57,18 +57,23 @@ def truth_report(diffmask: VisionDiffMask, data: Pictures, batch_size: int = 250
     """What the shown masks of a dataset with a known truth are worth; every value is a mean over images.
 
     `iou` and `js` as above; `kl` in nats; `feasible`: share with KL ≤ ε; `kept`: mask mean; `kept_true` and
-    `kept_other`: mean of the mask on the true patches and on the others.
+    `kept_other`: mean of the mask on the true patches and on the others. `truth_feasible`: share on which the *true* mask,
+    with the learned placeholder, keeps KL ≤ ε; well below 1 the classifier itself is unsure where only the truth is left.
     """
     collected: dict[str, list[torch.Tensor]] = {}
     for batch in DataLoader(data, batch_size):
-        shown = diffmask.explain(batch["pixel_values"].to(diffmask.device))
+        pixel_values = batch["pixel_values"].to(diffmask.device)
+        shown = diffmask.explain(pixel_values)
         mask = shown.mask.cpu()
         true = on_grid(batch["truth"], mask.shape[-2:]) > 0.5
+        given_truth = diffmask.masked_logits(pixel_values, diffmask.view.encode(pixel_values), true.to(diffmask.device))
+        truth_kl = kl_divergence(shown.logits, given_truth).cpu()
         values = {
             "iou": patch_iou(mask, batch["truth"]),
             "js": jensen_shannon(mask, batch["truth"]),
             "kl": shown.kl.cpu(),
             "feasible": (shown.kl.cpu() <= diffmask.config.eps).float(),
+            "truth_feasible": (truth_kl <= diffmask.config.eps).float(),
             "kept": shown.kept.cpu(),
             "kept_true": mask[true],
             "kept_other": mask[~true],

@@ -27,7 +27,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint
 
 from vdm_utils.data import DATASETS, Pictures
-from vdm_utils.diffmask import DiffMaskOutput, VisionDiffMask
+from vdm_utils.diffmask import DiffMaskOutput, VisionDiffMask, VisionDiffMaskConfig, check_numbers
 from vdm_utils.errors import VDMError, unknown_name
 
 # A layer counts as settled when its class is kept this often with this fraction of patches (De Cao et al. 2020's code);
@@ -39,7 +39,7 @@ SETTLED_ACCURACY, SETTLED_L0, SETTLED_WEIGHT = 0.75, 0.1, 0.1
 LIMITS = {
     "batch_size": (1, 2**20), "num_workers": (0, 1024), "num_epochs": (1e-9, 1e9), "log_every_n_steps": (1, 2**32),
     "warmup_steps": (0, 2**32), "gate_warmup_steps": (0, 2**32), "patience": (1, 2**32), "lr": (0, 1e3), "weight_decay": (0, 1e3),
-    "patch_dropout": (0, 1), "adam_beta2": (0, 1), "lr_decay": (0, 1.001), "kl_quantile": (0, 1), "eps": (1e-12, 1e9),
+    "patch_dropout": (0, 1), "adam_beta2": (0, 1), "lr_decay": (0, 1.001),
 }  # fmt: skip
 
 
@@ -161,10 +161,7 @@ class DiffMaskSettings(RunSettings):
     def validate(self) -> None:
         """Raise `VDMError` for a number that no training run can use."""
         super().validate()
-        low = 1e-6 if self.log_multiplier else 0
-        if not low <= self.alpha_min <= self.alpha <= self.alpha_max:
-            raise _out_of_range("alpha", f"{low} <= alpha_min <= alpha <= alpha_max",
-                                f"{self.alpha_min}, {self.alpha}, {self.alpha_max}")  # fmt: skip
+        check_numbers(VisionDiffMaskConfig(**self.config()), "training settings")
 
 
 # Named sets of defaults. `reference` is the dataclass itself.
