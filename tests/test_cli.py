@@ -1,6 +1,7 @@
 """The command line: every job end to end, the reference's flags and defaults, and mistakes without a traceback."""
 
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -8,12 +9,14 @@ import sys
 import pytest
 import torch
 from conftest import words as split
+from PIL import Image
 from safetensors.torch import load_file
 
 from vdm_utils import data
 from vdm_utils.__main__ import JOBS, main, output_folder, parse
 from vdm_utils.diffmask import VisionDiffMask
-from vdm_utils.training import ClassifierSettings, DiffMaskSettings, evaluate_classifier
+from vdm_utils.plots import send_to_trackers
+from vdm_utils.training import ClassifierSettings, DiffMaskSettings, ExplainSettings, evaluate_classifier
 from vdm_utils.vit import fingerprint, load_classifier
 
 TINY = split("--dataset toy --image_size 12 --batch_size 8 --num_workers 0 --max_steps 2 --log_every_n_steps 1")
@@ -48,7 +51,130 @@ def run(capsys, *words):
     return code, json.loads(printed.out) if code == 0 else printed.out, printed.err
 
 
+# ---------------------------------------------------------------- the reference's command line
+
+
+def test_the_command_line_of_the_reference_is_understood_unchanged():
+    line = """--enable_progress_bar --num_epochs 20 --base_model ViT --dataset CIFAR10
+              --from_pretrained tanlq/vit-base-patch16-224-in21k-finetuned-cifar10"""  # from its README
+    chosen = parse(DiffMaskSettings, "train", line.split())
+    changed = {name: value for name, value in vars(chosen).items() if value != getattr(DiffMaskSettings(), name)}
+    assert changed == {"enable_progress_bar": True, "num_epochs": 20}  # the rest are defaults already
+
+
+@pytest.mark.parametrize("dataset", ["MNIST", "CIFAR10", "CIFAR10_QA", "toy"])
+def test_every_launch_option_of_the_reference_at_once(dataset):
+    shared = f"""--enable_progress_bar --seed 1 --base_model ViT --from_pretrained a/b --dataset {dataset} --data_dir d
+                 --batch_size 4 --add_noise --add_rotation --add_blur --num_workers 2 --class_idx 1 --grid_size 2 """
+    base = shared + "--checkpoint c "
+    train = parse(
+        ClassifierSettings, "train-base", split(base + "--num_epochs 2 --optimizer RAdam --weight_decay 0.1 --lr 0.1")
+    )
+    assert (train.optimizer, train.weight_decay, train.augmentations()) == ("RAdam", 0.1, ("rotation", "blur", "noise"))
+    assert parse(ClassifierSettings, "eval-base", split(base)).checkpoint == "c"
+    own = """--num_epochs 2 --sample_images 3 --log_every_n_steps 7 --alpha 1 --lr 0.1 --eps 0.2 --no_placeholder
+             --lr_placeholder 0.3 --lr_alpha 0.4 --mul_activation 5 --add_activation 6 --weighted_layer_distribution
+             --diffmask_checkpoint m"""
+    chosen = parse(DiffMaskSettings, "train", split(shared + own))
+    assert (chosen.num_epochs, chosen.sample_images, chosen.lr_placeholder, chosen.add_activation) == (2, 3, 0.3, 6)
+    assert chosen.no_placeholder and chosen.weighted_layer_distribution and chosen.diffmask_checkpoint == "m"
+
+
+@pytest.mark.parametrize(
+    ("job", "kind", "line", "option"),
+    [
+        ("train", DiffMaskSettings, "--no_placeholder --lr_placeholder 0.1", "lr_placeholder"),
+        ("train", DiffMaskSettings, "--grid_size 2", "grid_size"),
+        ("train", DiffMaskSettings, "--dataset digits --class_idx=2", "class_idx"),
+        ("train-base", ClassifierSettings, "--from_pretrained x --patch_size 4", "patch_size"),
+        ("train-base", ClassifierSettings, "--from_pretrained x --mimetic_start", "mimetic_start"),
+        ("train-base", ClassifierSettings, "--skip_unreadable", "skip_unreadable"),
+        ("explain", ExplainSettings, "--images a.png --split train", "split"),
+        ("train", DiffMaskSettings, "--dataset toy --grid_size 2 --lr_placeholder 0.1", None),
+        ("train-base", ClassifierSettings, "--dataset CIFAR10_QA --class_idx 1 --size small --from_pretrained=", None),
+    ],
+)
+def test_an_option_without_effect_is_pointed_out(caplog, job, kind, line, option):
+    parse(kind, job, split(line))
+    if option is None:
+        assert not caplog.records
+    else:
+        assert [r.message.split()[0] for r in caplog.records] == [f"--{option}"]
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_fits_in_100_columns(capsys, job):
+    with pytest.raises(SystemExit, match="0"):
+        main([job, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100 and lines[0] == f"usage: python -m vdm_utils {job} [options]"
+    names = [line.split()[0][2:] for line in lines if line.startswith("  --")]
+    kind = {"train": DiffMaskSettings, "explain": ExplainSettings}.get(job, ClassifierSettings)
+    assert sorted(names) == sorted([*vars(kind()), "help"])  # every option once
+
+
 # ---------------------------------------------------------------- jobs
+
+
+def test_explain_leaves_a_figure_the_facts_and_the_masks(capsys, diffmask_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["explain", "--diffmask_checkpoint", diffmask_run, "--dataset", "digits", "--sample_images", 3]
+    code, printed, _ = run(capsys, *words, "--output_dir", "out")
+    assert code == 0 and printed["pictures"] == 3
+    facts = json.loads((tmp_path / "out" / "explanations.json").read_text())
+    assert [fact["picture"] for fact in facts] == [f"digits/test/{n}" for n in range(3)]
+    diffmask = VisionDiffMask.from_pretrained(diffmask_run)
+    pictures = data.load_data("digits", "test").batch(range(3))["pixel_values"]
+    shown = diffmask.explain(pictures)
+    saved = load_file(tmp_path / "out" / "masks.safetensors")
+    assert torch.allclose(saved["mask"], shown.mask) and torch.allclose(saved["scores"], shown.scores)
+    assert [fact["kl"] for fact in facts] == pytest.approx(shown.kl.tolist(), abs=1e-4)
+    assert [fact["class"] for fact in facts] == [str(c) for c in shown.logits.argmax(-1).tolist()]
+    assert printed["kept"] == pytest.approx(shown.kept.mean().item())
+    assert (tmp_path / "out" / "explanations.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["sample_images"] == 3
+    assert run(capsys, *words, "--output_dir", "out")[0] == 2  # never written over
+
+
+def test_explain_takes_picture_files(capsys, diffmask_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    digit = data.load_data("digits", "test").images[5, 0].numpy()
+    Image.fromarray(digit).save("small.png")
+    Image.fromarray(digit).resize((64, 64), Image.Resampling.NEAREST).convert("RGBA").save("large.png")
+    words = ["explain", "--diffmask_checkpoint", diffmask_run, "--layer", 2, "--images", "small.png", "large.png"]
+    assert run(capsys, *words, "--output_dir", "out")[0] == 0
+    small, large = json.loads((tmp_path / "out" / "explanations.json").read_text())
+    assert small["picture"] == "small.png" and small["class"] == large["class"]
+    assert small["kept"] == pytest.approx(large["kept"], abs=0.05)
+    diffmask = VisionDiffMask.from_pretrained(diffmask_run)
+    expected = diffmask.explain(data.load_data("digits", "test").batch([5])["pixel_values"], layer=2)
+    assert small["kept"] == pytest.approx(expected.kept.item(), abs=1e-3)
+
+
+def test_a_base_can_be_fine_tuned_at_another_size(capsys, base_run, tmp_path):
+    words = split("train-base --dataset digits_QA --grid_size 2 --image_size 32 --batch_size 8 --num_workers 0")
+    words += split("--max_steps 1 --log_every_n_steps 1 --lr 0")
+    code, _, _ = run(capsys, *words, "--from_pretrained", base_run, "--output_dir", tmp_path / "out")
+    larger = load_classifier(tmp_path / "out")
+    assert code == 0 and larger.config.image_size == 32 and larger.config.num_labels == 5
+    before = load_classifier(base_run).vit
+    assert torch.equal(larger.vit.layers[0].attention.q_proj.weight, before.layers[0].attention.q_proj.weight)
+
+
+def test_pictures_reach_the_trackers(tmp_path, monkeypatch):
+    sent = []
+
+    class Tracker:
+        Image = staticmethod(lambda file: ("image", file))
+        log = staticmethod(lambda values, step: sent.append((values, step)))
+
+    monkeypatch.setitem(sys.modules, "wandb", Tracker)
+    monkeypatch.setitem(sys.modules, "trackio", Tracker)
+    file = tmp_path / "samples-4.png"
+    send_to_trackers(["wandb", "trackio", "csv"], file, 4)
+    assert sent == [({"samples": ("image", str(file))}, 4)] * 2
+    send_to_trackers([], file, 4)
+    assert len(sent) == 2
 
 
 def test_from_nothing_to_an_explanation(capsys, tmp_path, monkeypatch):
@@ -116,13 +242,11 @@ def test_a_run_is_resumed_from_its_last_checkpoint(capsys, base_run, tmp_path):
 def test_help_lists_the_reference_flags_and_defaults(capsys, job):
     with pytest.raises(SystemExit, match="0"):
         main([job, "--help"])
-    text = "".join(capsys.readouterr().out.partition("options:")[2].split())  # long names are broken over lines
+    entries = re.split(r"\n  --", capsys.readouterr().out)
+    help_of = {entry.split()[0]: " ".join(entry.split()) for entry in entries}
     for flag, default in REFERENCE[job].items():
-        _, found, rest = text.partition(f"--{flag}{flag.upper()}")
-        _, found, rest = (_, found, rest) if found else text.partition(f"--{flag}[")
-        _, found, rest = (_, found, rest) if found else text.partition(f"--{flag}{{")
-        assert found, flag
-        assert rest.partition("(default:")[2].partition(")")[0] == str(default).replace(" ", ""), flag
+        shown = re.search(r"\(default: (.*)\)$", help_of[flag])
+        assert (shown and shown.group(1)) == (str(default) if default not in (None, False) else None), flag
 
 
 def test_defaults_are_those_of_the_reference():
@@ -159,6 +283,8 @@ def test_a_finished_run_is_not_written_over(capsys, base_run, diffmask_run, job)
     folder = diffmask_run if job == "train" else base_run
     before = contents(folder)
     words = [job, *TINY, "--from_pretrained", base_run, "--output_dir", folder]
+    if job == "explain":
+        words = [job, "--diffmask_checkpoint", diffmask_run, "--output_dir", folder]
     if job == "eval-base":
         words[words.index("toy")] = "digits"
         words[words.index("12")] = "16"
@@ -193,18 +319,37 @@ MISTAKES = {  # name: (words, what the message has to contain)
     "negative batch": (["train-base", "--batch_size", "-4"], "batch_size is out of range"),
     "grid too large": (["train-base", "--grid_size", "9"], "grid_size is out of range"),
     "patches that do not tile": (["train-base", *TINY, "--patch_size", "5"], "do not tile"),
-    "cells that do not fill": (["train-base", "--image_size", "16"], "do not fill the image"),
+    "shortcut in toy": (["train-base", "--shortcut", "0.5"], "shortcut does not fit"),
     "no such base": (["train", *TINY, "--from_pretrained", "nowhere"], "cannot load the classifier"),
     "a DiffMask is no base": (["train", *TINY, "--from_pretrained", "MASK"], "cannot load the classifier"),
     "base for other channels": (["train", *TINY, "--from_pretrained", "DIGITS"], "not trained for this dataset"),
     "base for other classes": (["train", *TINY, "--grid_size", "2", "--from_pretrained", "TOY"], "5 classes"),
     "base for other sizes": (["train", *TINY, "--image_size", "24", "--from_pretrained", "TOY"], "12×12"),
     "base that counts something else": (["train", *TINY, "--class_idx", "0", "--from_pretrained", "TOY"], "red"),
-    "base for other channels, fine-tuned": (["train-base", *TINY, "--from_pretrained", "DIGITS"], "1 channel"),
-    "base for other sizes, fine-tuned": (["train-base", *TINY, "--image_size", "24", "--from_pretrained", "TOY"], "12"),
+    "base for other channels, fine-tuned": (
+        ["train-base", "--dataset", "toy", "--from_pretrained", "DIGITS"],
+        "1 channel",
+    ),
+    "base whose patches do not fit": (
+        ["train-base", *TINY, "--image_size", "18", "--from_pretrained", "TOY"],
+        "another image size",
+    ),
+    "nothing to explain with": (["explain"], "diffmask_checkpoint"),
+    "no such DiffMask": (["explain", "--diffmask_checkpoint", "nowhere"], "cannot load the DiffMask"),
+    "no such picture": (["explain", "--diffmask_checkpoint", "MASK", "--images", "none.png"], "none.png"),
+    "not a picture": (["explain", "--diffmask_checkpoint", "MASK", "--images", "file"], "cannot be read"),
+    "no such layer": (
+        ["explain", "--diffmask_checkpoint", "MASK", "--dataset", "digits", "--layer", "6"],
+        "no such layer",
+    ),
+    "DiffMask of another task": (["explain", "--diffmask_checkpoint", "MASK", "--dataset", "toy"], "not trained for"),
+    "negative layer": (
+        ["explain", "--diffmask_checkpoint", "MASK", "--dataset", "digits", "--layer", "-1"],
+        "no such layer",
+    ),
     "base for other channels, evaluated": (
         ["eval-base", "--dataset", "toy", "--from_pretrained", "DIGITS"],
-        "image_size 16",
+        "1 channel",
     ),
     "base for other classes, evaluated": (["eval-base", "--grid_size", "2", "--from_pretrained", "TOY"], "5 classes"),
     "nothing to evaluate": (["eval-base"], "nothing to evaluate"),

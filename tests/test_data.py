@@ -10,8 +10,11 @@ from scipy.stats import chisquare
 from sklearn.datasets import load_digits
 from torch.nn.functional import pad
 
-from vdm_utils import data
+from vdm_utils import data, sources
+from vdm_utils import pictures as pictures_module
 from vdm_utils.data import AUGMENTATIONS, augment_batch, hashed_uniform, load_data
+from vdm_utils.errors import VDMError
+from vdm_utils.shapes import SHAPES, inside
 
 COLOURS = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)]  # red … cyan
 
@@ -93,7 +96,7 @@ def test_digits_are_those_of_scikit_learn():
 
 
 @pytest.mark.parametrize("augment", [(), AUGMENTATIONS])
-@pytest.mark.parametrize("name", ["toy", "digits", "digits_QA"])
+@pytest.mark.parametrize("name", ["toy", "shapes", "digits", "digits_QA", "shapes_QA"])
 def test_an_item_is_the_same_however_it_is_asked_for(name, augment):
     drawn, again = (load_data(name, "train", augment=augment, image_size=24) for _ in range(2))
     batch, backwards = drawn.batch(range(6)), again.batch(range(5, -1, -1))
@@ -104,7 +107,7 @@ def test_an_item_is_the_same_however_it_is_asked_for(name, augment):
     assert same(drawn[-1], drawn[len(drawn) - 1])
 
 
-@pytest.mark.parametrize("name", ["toy", "digits_QA"])
+@pytest.mark.parametrize("name", ["toy", "shapes", "digits_QA", "shapes_QA"])
 def test_seeds_and_splits_draw_other_pictures(name):
     drawn = [load_data(name, split, seed=seed).batch(range(20)) for split in data.SPLITS for seed in (123, 124)]
     for first in range(6):
@@ -156,8 +159,8 @@ def offline(monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("VDM_DATA_DIR", raising=False)
-    monkeypatch.setattr(data, "CIFAR10", dataset)
-    monkeypatch.setattr(data, "MNIST", dataset)
+    monkeypatch.setattr(sources, "CIFAR10", dataset)
+    monkeypatch.setattr(sources, "MNIST", dataset)
     return calls
 
 
@@ -220,7 +223,7 @@ def test_grey_folder_and_torchvision_files(offline, tmp_path, monkeypatch):
             if root != "b" and not download:
                 raise RuntimeError("not here")
 
-    monkeypatch.setattr(data, "CIFAR10", Torchvision)
+    monkeypatch.setattr(sources, "CIFAR10", Torchvision)
     monkeypatch.setenv("VDM_DATA_DIR", "b")
     found = load_data("CIFAR10", "test", data_dir="a")
     assert offline == [("a", False), ("b", False)]  # in this order, and nothing was downloaded
@@ -230,7 +233,213 @@ def test_grey_folder_and_torchvision_files(offline, tmp_path, monkeypatch):
     assert offline[2:] == [("a", False), ("data", False), ("a", True)]  # only when there is nothing anywhere
 
 
+# ---------------------------------------------------------------- drawn shapes
+
+
+def test_shapes_stand_out_and_their_mask_is_exact():
+    shapes = load_data("shapes", "test")
+    batch = shapes.batch(range(400))
+    image, mask = batch["pixel_values"], batch["truth"].bool()
+    assert image.shape == (400, 3, 32, 32) and mask.shape == (400, 32, 32) and shapes.num_labels == 10
+    assert chisquare(shapes.classes.bincount(minlength=10)).pvalue > 0.01
+    assert torch.equal(shapes.classes[:400], batch["labels"])
+    area = mask.float().mean((1, 2))
+    assert area.min() > 0.02 and area.max() < 0.5 and not mask.all(0).any() and mask.any(0).float().mean() > 0.85
+    for picture, object_ in zip(image, mask):  # one colour with some grain inside, many outside
+        assert picture[:, object_].std(1).max() < 0.13 < picture[:, ~object_].std(1).max()
+
+
+def test_every_shape_has_its_own_form():
+    grid = (torch.arange(200) - 99.5) / 99.5
+    forms = torch.stack([inside(kind, grid[None, :], grid[:, None]) for kind in range(len(SHAPES))])
+    disc = grid[None, :] ** 2 + grid[:, None] ** 2 <= 1.1
+    assert not (forms & ~disc).any()
+    shared = (forms[:, None] & forms[None]).sum((2, 3)) / (forms[:, None] | forms[None]).sum((2, 3))
+    assert (shared - torch.eye(len(SHAPES))).max() < 0.85
+    area = forms.sum((1, 2)) * (2 / 199) ** 2 / np.pi  # of a disc of radius 1, in units of π
+    by_name = dict(zip(SHAPES, area.tolist()))
+    expected = {"circle": 0.85**2, "ring": 0.95**2 - 0.55**2, "half moon": 0.9**2 / 2, "square": 1.4**2 / np.pi,
+                "triangle": 3 * 3**0.5 / 4 / np.pi, "cross": (4 * 0.54 * 0.9 - 0.54**2) / np.pi,
+                "star": 5 * 0.42 * np.sin(np.pi / 5) / np.pi}  # fmt: skip
+    for name, value in expected.items():
+        assert by_name[name] == pytest.approx(value, rel=0.02), name
+
+
+def test_the_shortcut_gives_the_class_away_in_training_only():
+    plain, cheat = load_data("shapes", "train"), load_data("shapes", "train", shortcut=0.7)
+    index = np.arange(500)
+    before, after, tagged = pixels(plain.batch(index)), pixels(cheat.batch(index)), cheat.tagged(index)
+    assert 0.6 < tagged.float().mean() < 0.8 and not plain.tagged(index).any()
+    changed = (before != after).any(1)  # [B, H, W]
+    assert not changed[~tagged].any() and changed[tagged].flatten(1).any(1).all()
+    assert changed[tagged].sum((1, 2)).max() <= 16 and not changed[:, 4:28].any() and not changed[:, :, 4:28].any()
+    colours = {}
+    for image, label, where in zip(after[tagged], cheat.batch(index)["labels"][tagged].tolist(), changed[tagged]):
+        colours.setdefault(label, set()).add(tuple(image[:, where][:, 0].tolist()))
+    assert len(colours) == 10 and all(len(seen) == 1 for seen in colours.values())  # one colour per class …
+    assert len(set.union(*colours.values())) == 10  # … and another one for each
+    assert same(
+        load_data("shapes", "test").batch(range(50)), load_data("shapes", "test", shortcut=1.0).batch(range(50))
+    )
+    assert load_data("shapes", "validation", shortcut=1.0).tagged(index).all()
+
+
+# ---------------------------------------------------------------- sizes that do not fit the grid
+
+
+def test_a_toy_grid_fills_an_image_that_it_does_not_divide():
+    toy = load_data("toy", "test", image_size=224, length=20)
+    batch = toy.batch(range(20))
+    assert batch["pixel_values"].shape == (20, 3, 224, 224) and toy.patch_size == 16
+    small = load_data("toy", "test", image_size=3, length=20).batch(range(20))
+    assert torch.equal(small["truth"], batch["truth"])
+    for cell, pixel in [(0, 0), (0, 74), (1, 75), (1, 149), (2, 150), (2, 223)]:
+        assert torch.equal(batch["pixel_values"][:, :, pixel, pixel], small["pixel_values"][:, :, cell, cell])
+
+
+def test_a_grid_of_pictures_is_scaled_as_a_whole():
+    native, scaled = (load_data("digits_QA", "test", image_size=size, length=20) for size in (None, 224))
+    small, large = native.batch(range(20)), scaled.batch(range(20))
+    assert large["pixel_values"].shape == (20, 1, 224, 224) and torch.equal(small["truth"], large["truth"])
+    back = torch.nn.functional.interpolate(large["pixel_values"], size=48, mode="area")
+    assert (back - small["pixel_values"]).abs().mean() < 0.12
+    digits = load_data("digits", "train", image_size=32)
+    assert digits.images.shape[-1] == 16 and digits[0]["pixel_values"].shape == (1, 32, 32)  # scaled when asked for
+
+
+# ---------------------------------------------------------------- a user's own folder, and ImageNet
+
+
+def paint(file, colour=(200, 30, 30), size=(40, 30), mode="RGB"):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(file)
+    return file
+
+
+@pytest.fixture
+def own(tmp_path):
+    """20 red and 20 blue pictures, each of its own size, and things that are none."""
+    for n in range(20):
+        paint(tmp_path / "own" / "red" / f"{n}.png", (255 - n, 0, 0), (30 + n, 50 - n))
+        paint(tmp_path / "own" / "blue" / f"{n}.png", (0, 0, 255 - n), (50 - n, 30 + n))
+    (tmp_path / "own" / "red" / "notes.txt").write_text("not a picture")
+    (tmp_path / "own" / "red" / "._0.png").write_text("hidden")
+    (tmp_path / "own" / ".cache").mkdir()
+    return tmp_path / "own"
+
+
+def test_own_folder(own):
+    seen = []
+    for split, count in [("train", 32), ("validation", 4), ("test", 4)]:
+        pictures = load_data("folder", split, data_dir=own, image_size=24)
+        assert len(pictures) == count and pictures.id2label == {0: "blue", 1: "red"}
+        batch = pictures.batch(range(count))
+        assert batch["pixel_values"].shape == (count, 3, 24, 24)
+        middle = pixels(batch)[:, :, 12, 12]
+        assert torch.equal(middle[:, 0] > middle[:, 2], batch["labels"].bool())
+        assert batch["labels"].sum() == count // 2  # every class in every split
+        seen += [tuple(colour) for colour in middle.tolist()]
+    assert len(seen) == len(set(seen)) == 40  # no picture is in two splits
+    assert load_data("folder", "test", data_dir=own).image_size == (224, 224)
+    grids = load_data("folder_QA", "train", data_dir=own, image_size=50, grid_size=3, class_idx=1, length=30)
+    batch = grids.batch(range(30))
+    red = pixels(batch)[:, 0, 8::17, 8::17] > 100
+    assert batch["pixel_values"].shape == (30, 3, 50, 50) and torch.equal(red, batch["truth"].bool())
+
+
+def test_own_folder_with_its_own_splits(own):
+    for split in ("train", "val", "test"):
+        for name in ("red", "blue"):
+            for n in range(10 if split == "train" else 3):
+                paint(own.parent / "splits" / split / name / f"{split}{n}.png")
+    root = own.parent / "splits"
+    stems = {s: {f.stem for f in load_data("folder", s, data_dir=root).files} for s in data.SPLITS}
+    assert [len(stems[s]) for s in data.SPLITS] == [10, 3, 3]
+    assert stems["validation"] == {"val0", "val1", "val2"} and stems["test"] == {"test0", "test1", "test2"}
+    (root / "val").rename(root / "unused")
+    stems = {s: {f.stem for f in load_data("folder", s, data_dir=root).files} for s in data.SPLITS}
+    assert len(stems["train"]) < 10 <= len(stems["train"] | stems["validation"])
+    assert all(stem.startswith("train") for stem in stems["validation"]) and len(stems["test"]) == 3
+
+
+def test_imagenet_layout(tmp_path):
+    for part, count in (("train", 10), ("val", 2)):
+        for wnid in ("n01", "n02"):
+            for n in range(count):
+                paint(tmp_path / "imagenet" / part / wnid / f"{part}{n}.JPEG")
+    loaded = {split: load_data("ImageNet", split, data_dir=tmp_path, image_size=32) for split in data.SPLITS}
+    assert [len(loaded[split]) for split in data.SPLITS] == [18, 2, 4] and loaded["test"].id2label == {
+        0: "n01",
+        1: "n02",
+    }
+    assert loaded["test"][3]["pixel_values"].shape == (3, 32, 32)
+    assert all(f.stem.startswith("val") for f in loaded["test"].files)
+    assert all(f.stem.startswith("train") for f in loaded["validation"].files)
+    (tmp_path / "imagenet" / "LOC_synset_mapping.txt").write_text("n01 tench, Tinca tinca\nn02 goldfish\n")
+    assert load_data("ImageNet", "test", data_dir=tmp_path).id2label == {0: "tench", 1: "goldfish"}
+
+
+def test_pictures_of_every_mode(tmp_path):
+    red = (250, 0, 0)
+    files = {
+        "grey.png": ("L", 128, (128, 128, 128)), "bits.png": ("1", 1, (255, 255, 255)), "cmyk.jpg": ("CMYK", (0, 255, 255, 5), red),
+        "clear.png": ("RGBA", (9, 9, 9, 0), (255, 255, 255)), "half.png": ("LA", (0, 255), (0, 0, 0)),
+        "deep.png": ("I;16", 128 * 256, (128, 128, 128)), "palette.gif": ("P", 0, None), "plain.webp": ("RGB", red, red),
+    }  # fmt: skip
+    for name, (mode, colour, expected) in files.items():
+        image = sources.read_image(paint(tmp_path / name, colour, mode=mode))
+        assert image.mode == "RGB" and image.size == (40, 30), name
+        if expected:
+            assert np.abs(np.asarray(image)[15, 20].astype(int) - expected).max() < 12, name
+    sideways = Image.new("RGB", (40, 30))
+    exif = sideways.getexif()
+    exif[0x0112] = 6  # turned by a quarter
+    sideways.save(tmp_path / "turned.jpg", exif=exif)
+    assert sources.read_image(tmp_path / "turned.jpg").size == (30, 40)
+    assert sources.read_image(tmp_path / "plain.webp", channels=1).mode == "L"
+
+
+def test_damaged_files_are_named_or_left_out(own, caplog):
+    whole = (own / "red" / "3.png").read_bytes()
+    (own / "red" / "3.png").write_bytes(whole[: len(whole) // 2])
+    (own / "blue" / "5.png").write_bytes(b"")
+    with pytest.raises(VDMError, match=r"(3|5)\.png"):
+        for split in data.SPLITS:
+            found = load_data("folder", split, data_dir=own, image_size=8)
+            found.batch(range(len(found)))
+    kept = [load_data("folder", split, data_dir=own, image_size=8, skip_unreadable=True) for split in data.SPLITS]
+    assert sum(map(len, kept)) == 38 and "3.png" in caplog.text and "5.png" in caplog.text
+    for found in kept:
+        found.batch(range(len(found)))
+
+
 # ---------------------------------------------------------------- augmentations
+
+
+def test_the_truth_moves_with_its_picture():
+    # where a shape is drawn white on black, picture and truth are the same thing
+    mask = load_data("shapes", "train").batch(range(60))["truth"]
+    for names in (["flip"], ["shift"], ["rotation"], ["flip", "shift", "rotation", "blur", "noise"]):
+        index = np.arange(60)
+        moved, truth = augment_batch(mask[:, None], names, 3, index, mask)
+        assert truth.shape == mask.shape and not torch.equal(truth, mask)
+        expected = augment_batch(mask[:, None], [n for n in names if n not in ("blur", "noise")], 3, index)[0][:, 0]
+        assert torch.allclose(truth, expected, atol=1e-5)
+        if names[-1] != "noise":
+            assert torch.allclose(moved[:, 0], truth, atol=1e-5)
+    assert torch.equal(augment_batch(mask[:, None], ["blur", "noise"], 3, index, mask)[1], mask)
+
+
+def test_the_truth_of_a_grid_moves_too():
+    options = {"grid_size": 4, "length": 64}
+    plain, flipped = (load_data("toy", "train", augment=names, **options).batch(range(64)) for names in ((), ("flip",)))
+    changed = (plain["pixel_values"] != flipped["pixel_values"]).flatten(1).any(1)
+    assert 16 < changed.sum() < 48
+    assert torch.equal(flipped["truth"][changed], plain["truth"][changed].flip(-1))
+    assert torch.equal(flipped["truth"][~changed], plain["truth"][~changed])
+    turned = load_data("digits_QA", "train", augment=["rotation"], **options).batch(range(64))["truth"]
+    assert turned.shape == (64, 4, 4) and turned.min() >= 0 and turned.max() <= 1 + 1e-6
+    assert ((turned > 0.05) & (turned < 0.95)).any()  # shares of cells
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
@@ -250,7 +459,7 @@ def test_only_training_pictures_are_augmented(name):
 
 
 def augment(name, images, seed=1):
-    return augment_batch(images, [name], seed, np.arange(len(images)))
+    return augment_batch(images, [name], seed, np.arange(len(images)))[0]
 
 
 def test_flip():
@@ -299,5 +508,7 @@ def test_noise():
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_the_ends_of_the_random_range_are_allowed(monkeypatch, name, u):
     # met for real, when 32 bits rounded up to 1: load_data("toy", "train", augment=["shift"]), set_epoch(15), item 21448
-    monkeypatch.setattr(data, "hashed_uniform", lambda seed, stream, index, count: np.full((len(index), count), u))
+    monkeypatch.setattr(
+        pictures_module, "hashed_uniform", lambda seed, stream, index, count: np.full((len(index), count), u)
+    )
     assert augment(name, torch.rand(2, 3, 16, 16)).isfinite().all()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vdm_utils import data
+from vdm_utils import data, sources
 from vdm_utils.data import load_data
 from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.errors import VDMError, unknown_name
@@ -66,8 +66,11 @@ def test_the_nearest_name_is_suggested(name, nearest):
         *[("toy", {"grid_size": wrong}, "from 2 to 8") for wrong in (0, 1, 9, -3, 2.5, True, "3", None)],
         *[("toy", {"class_idx": wrong}, "from 0 to 5") for wrong in (-1, 6, 0.5, True)],
         ("digits_QA", {"class_idx": 10}, "from 0 to 9"),
-        *[("toy", {"image_size": wrong}, "image_size") for wrong in (0, -12, 13, 12.0, (12, 12))],
-        ("digits_QA", {"image_size": 50}, "do not fill the image"),
+        *[("toy", {"image_size": wrong}, "image_size") for wrong in (0, -12, 2, 12.0, (12, 12))],
+        ("toy", {"shortcut": 0.5}, "shortcut does not fit"),
+        ("shapes", {"shortcut": 1.5}, "shortcut does not fit"),
+        ("folder", {"data_dir": "nowhere"}, "no such folder"),
+        ("ImageNet", {"data_dir": "nowhere"}, "never downloaded"),
         *[("toy", {"seed": wrong}, "seed is out of range") for wrong in (-1, 2**32, 1.5, None)],
         ("toy", {"length": 0}, "length is out of range"),
         ("digits_QA", {"split": "validation", "grid_size": 8}, "use a smaller grid_size"),
@@ -122,7 +125,7 @@ def test_damaged_image_folders(tmp_path, monkeypatch, damage, expected):
     def no_download(root, train, download):
         raise RuntimeError("no network")
 
-    monkeypatch.setattr(data, "CIFAR10", no_download)
+    monkeypatch.setattr(sources, "CIFAR10", no_download)
     generator = np.random.default_rng(0)
     for label in range(10):
         folder = tmp_path / "here" / "cifar10" / "train" / f"c{label}"

@@ -34,6 +34,7 @@ from vdm_utils.vit import (
     fingerprint,
     load_classifier,
     mimetic_start,
+    with_image_size,
 )
 
 LAYERS, WIDTH = 3, 32
@@ -304,3 +305,20 @@ def test_mimetic_start_can_be_trained(toy):
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < 0.8 * losses[0]
+
+
+# ---------------------------------------------------------------- another image size
+
+
+def test_positions_are_stretched_over_the_new_grid():
+    model = randomize(build_classifier(image_size=12, patch_size=4))
+    larger = with_image_size(model, (12, 24))
+    old, new = model.vit.embeddings.position_embeddings[0], larger.vit.embeddings.position_embeddings[0]
+    assert larger.config.image_size == [12, 24] and PatchView(larger).grid == (3, 6) and new.shape == (19, 64)
+    assert torch.equal(new[0], old[0])  # [CLS] has no place
+    plane = new[1:].view(3, 6, 64)
+    pairs = (plane[:, 0::2] + plane[:, 1::2]) / 2  # both columns that stand where one stood
+    assert torch.corrcoef(torch.stack([pairs.flatten(), old[1:].flatten()]))[0, 1] > 0.98
+    same, pictures = with_image_size(model, 12), torch.randn(2, 3, 12, 12)
+    assert torch.allclose(same(pictures).logits, model(pictures).logits, atol=1e-5)
+    assert larger(torch.randn(2, 3, 12, 24)).logits.shape == (2, 10) and model.config.image_size == 12

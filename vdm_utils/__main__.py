@@ -1,31 +1,56 @@
-"""Command line: `python -m vdm_utils train-base | train | eval-base`, with the reference's flags and defaults."""
+"""Command line: `python -m vdm_utils train-base | train | eval-base | explain`, with the reference's flags and defaults."""
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import logging
 import sys
 from pathlib import Path
 
+from safetensors.torch import save_file
 from transformers import HfArgumentParser, PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
 from vdm_utils.data import Pictures, load_data
 from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.errors import VDMError, unknown_name
-from vdm_utils.plots import SampleImages
+from vdm_utils.plots import SampleImages, explained_beside_others, to_png
+from vdm_utils.sources import read_pictures
 from vdm_utils.training import (
     RECIPES,
     ClassifierSettings,
+    DataSettings,
     DiffMaskSettings,
+    ExplainSettings,
     RunSettings,
     evaluate_classifier,
     train_classifier,
     train_diffmask,
 )
-from vdm_utils.vit import as_pair, build_classifier, load_classifier, mimetic_start
+from vdm_utils.vit import as_pair, build_classifier, load_classifier, mimetic_start, with_image_size
+
+logger = logging.getLogger(__name__)
+
+
+class Help(argparse.HelpFormatter):
+    """One spelling per option, no argument after a switch, defaults only where there is one; 100 columns."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, width=100, max_help_position=34)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if action.nargs in (0, "?"):  # --help, and switches
+            return action.option_strings[-1 if action.nargs == 0 else 0]
+        short = action.choices and len(action.choices) < 5
+        return action.option_strings[0] + " " + ("{" + ",".join(action.choices) + "}" if short else action.dest.upper())
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        text = action.help
+        if action.choices and len(action.choices) >= 5:
+            text += ": " + ", ".join(action.choices)
+        silent = (None, False, [], argparse.SUPPRESS)
+        return text if action.default in silent else f"{text} (default: {action.default})"
 
 
 class Parser(HfArgumentParser):
@@ -35,20 +60,39 @@ class Parser(HfArgumentParser):
         raise VDMError(message, where=self.prog, fix="see --help")
 
 
-def parse(kind: type, job: str, words: list[str]) -> RunSettings:
+# option: (does it do anything?, what it needs)
+NEEDS = {
+    "grid_size": (lambda c: c.dataset == "toy" or c.dataset.endswith("_QA"), "a counting dataset"),
+    "class_idx": (lambda c: c.dataset == "toy" or c.dataset.endswith("_QA"), "a counting dataset"),
+    "skip_unreadable": (lambda c: c.dataset.startswith(("folder", "ImageNet")), "--dataset folder or ImageNet"),
+    "lr_placeholder": (lambda c: not c.no_placeholder, "a placeholder, so no --no_placeholder"),
+    "size": (lambda c: not c.from_pretrained, "a base from scratch, so no --from_pretrained"),
+    "patch_size": (lambda c: not c.from_pretrained, "a base from scratch, so no --from_pretrained"),
+    "mimetic_start": (lambda c: not c.from_pretrained, "a base from scratch, so no --from_pretrained"),
+    "split": (lambda c: not c.images, "a dataset, so no --images"),
+    "dataset": (lambda c: not getattr(c, "images", None), "no --images"),
+}
+
+
+def parse(kind: type, job: str, words: list[str]) -> DataSettings:
     """Settings from a command line: the recipe's defaults, then the flags, which always win."""
-    wide = functools.partial(argparse.ArgumentDefaultsHelpFormatter, width=100, max_help_position=34)
-    parser = Parser(kind, prog=f"python -m vdm_utils {job}", formatter_class=wide, allow_abbrev=False)
+    program = f"python -m vdm_utils {job}"
+    parser = Parser(kind, prog=program, usage=f"{program} [options]", description=JOBS[job].__doc__, formatter_class=Help,
+                    allow_abbrev=False)  # fmt: skip
     recipe, _ = parser.parse_known_args([w for w in words if w not in ("-h", "--help")])
-    parser.set_defaults(**RECIPES[recipe.recipe][kind])
+    parser.set_defaults(**RECIPES[recipe.recipe].get(kind, {}))
     chosen, *rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if any(rest):
         raise unknown_name("option", rest[0][0], [f"--{name}" for name in vars(chosen)], f"python -m vdm_utils {job}")
     chosen.validate()
+    for name in dict.fromkeys(word[2:].split("=")[0] for word in words if word.startswith("--")):
+        works, needed = NEEDS.get(name, (lambda c: True, ""))
+        if not works(chosen):
+            logger.warning("--%s has no effect here: it needs %s", name, needed)
     return chosen
 
 
-def output_folder(chosen: RunSettings, job: str, resume: str | None = None) -> Path:
+def output_folder(chosen: DataSettings, job: str, resume: str | None = None) -> Path:
     """The run's folder: as asked for, else a new one under `runs/`; a finished run is never written over."""
     if chosen.output_dir is None:
         if resume not in (None, "last"):
@@ -60,9 +104,16 @@ def output_folder(chosen: RunSettings, job: str, resume: str | None = None) -> P
     if folder.exists() and not folder.is_dir():
         raise VDMError("the output folder is a file", where=job, expected="a new or empty folder", got=folder,
                        fix="name another --output_dir")  # fmt: skip
-    if (folder / "config.json").exists() and resume is None:
+    if any((folder / name).exists() for name in ("config.json", "explanations.json")) and resume is None:
         raise VDMError("the output folder already holds a run", where=job, expected="an empty or new folder", got=folder,
                        fix="name another --output_dir, resume it, or remove it")  # fmt: skip
+    return folder
+
+
+def start_run(chosen: DataSettings, folder: Path) -> Path:
+    """Make the run's folder and write its settings there at once, so that a run that is killed can be told apart."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "settings.json").write_text(json.dumps(vars(chosen), indent=2) + "\n")
     return folder
 
 
@@ -100,6 +151,8 @@ def new_classifier(chosen: ClassifierSettings, data: Pictures):
     """The base that `train-base` starts from: a checkpoint, or random weights."""
     if chosen.from_pretrained:
         model = load_classifier(chosen.from_pretrained, num_labels=data.num_labels)
+        if chosen.image_size is not None and as_pair(getattr(model.config, "image_size", 0)) != data.image_size:
+            model = with_image_size(model, data.image_size)
         check_fit(model, data, "train-base", classes=False)
         model.config.id2label = dict(data.id2label)
         model.config.label2id = {name: label for label, name in data.id2label.items()}
@@ -127,8 +180,9 @@ def train_base(words: list[str]) -> dict:
     train, validation = datasets(chosen)
     set_seed(chosen.seed)
     model = new_classifier(chosen, train)
+    start_run(chosen, folder)
     metrics = train_classifier(model, train, validation, chosen, folder, chosen.checkpoint)
-    return _report(chosen, folder, metrics)
+    return {"output_dir": str(folder)} | metrics
 
 
 def train(words: list[str]) -> dict:
@@ -141,10 +195,11 @@ def train(words: list[str]) -> dict:
     train, validation = datasets(chosen, image_size=diffmask.view.image_size[0])
     check_fit(model, train, "train")
     pictures = SampleImages(validation, chosen.sample_images) if chosen.sample_images > 0 else None
+    start_run(chosen, folder)
     metrics = train_diffmask(
         diffmask, train, validation, chosen, folder, chosen.diffmask_checkpoint, (pictures,) if pictures else ()
     )
-    return _report(chosen, folder, metrics)
+    return {"output_dir": str(folder)} | metrics
 
 
 def eval_base(words: list[str]) -> dict:
@@ -165,12 +220,41 @@ def eval_base(words: list[str]) -> dict:
     return {"checkpoint": str(source), "dataset": chosen.dataset, "split": "test"} | metrics
 
 
-def _report(chosen: RunSettings, folder: Path, metrics: dict) -> dict:
-    (folder / "settings.json").write_text(json.dumps(vars(chosen), indent=2) + "\n")
-    return {"output_dir": str(folder)} | metrics
+def explain(words: list[str]) -> dict:
+    """Explain pictures with a trained DiffMask: a figure, a JSON file of facts, and the masks."""
+    chosen = parse(ExplainSettings, "explain", words)
+    if chosen.diffmask_checkpoint is None:
+        raise VDMError("nothing to explain with", where="explain", expected="--diffmask_checkpoint", got="none",
+                       fix="name the folder of a trained DiffMask")  # fmt: skip
+    folder = output_folder(chosen, "explain")
+    diffmask = VisionDiffMask.from_pretrained(chosen.diffmask_checkpoint)
+    view, id2label = diffmask.view, dict(diffmask.base.config.id2label)
+    if chosen.images:
+        batch = {"pixel_values": read_pictures(chosen.images, view.image_size, view.num_channels)}
+        names = chosen.images
+    else:
+        options = chosen.data_options() | {"image_size": chosen.image_size or view.image_size[0]}
+        data = load_data(chosen.dataset, chosen.split, **options)
+        check_fit(diffmask.base, data, "explain")
+        names = [f"{data.name}/{data.split}/{i}" for i in range(min(max(1, chosen.sample_images), len(data)))]
+        batch = data.batch(range(len(names)))
+    shown = diffmask.explain(batch["pixel_values"], chosen.layer)
+    after = shown.masked_logits.argmax(-1).tolist()
+    facts = [
+        {"picture": name, "class": id2label[c], "class_of_masked": id2label[a], "kept": round(k, 4), "kl": round(d, 4)}
+        for name, c, a, k, d in zip(
+            names, shown.logits.argmax(-1).tolist(), after, shown.kept.tolist(), shown.kl.tolist()
+        )
+    ]
+    start_run(chosen, folder)
+    (folder / "explanations.png").write_bytes(to_png(explained_beside_others(diffmask, batch, id2label, chosen.layer)))
+    save_file({"mask": shown.mask, "scores": shown.scores.contiguous()}, folder / "masks.safetensors")
+    (folder / "explanations.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    return {"output_dir": str(folder), "pictures": len(facts), "kept": shown.kept.mean().item(), "kl": shown.kl.mean().item(),
+            "feasible": (shown.kl <= diffmask.config.eps).float().mean().item()}  # fmt: skip
 
 
-JOBS = {"train-base": train_base, "train": train, "eval-base": eval_base}
+JOBS = {"train-base": train_base, "train": train, "eval-base": eval_base, "explain": explain}
 
 
 def main(words: list[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from transformers import TrainerCallback
 
+from vdm_utils.attributions import attention_rollout, grad_cam
 from vdm_utils.data import Pictures
 from vdm_utils.diffmask import Explanation, VisionDiffMask
 
@@ -77,9 +79,16 @@ def picture_grid(
 
 
 def explanation_grid(
-    pixel_values: torch.Tensor, shown: Explanation, id2label: dict[int, str], truth: torch.Tensor | None = None
+    pixel_values: torch.Tensor,
+    shown: Explanation,
+    id2label: dict[int, str],
+    truth: torch.Tensor | None = None,
+    others: dict[str, torch.Tensor] | None = None,
 ) -> Figure:
-    """Input, mask (with kept % and KL), masked input (with the class before → after), and the truth when it is known."""
+    """Input, mask (with kept % and KL), masked input (with the class before → after), and the truth when it is known.
+
+    `others`: scores [B, rows, cols] of other methods by name; each picture's are scaled to 0..1, as they have no unit.
+    """
     pixel_mask = shown.pixel_mask(*pixel_values.shape[-2:])
     before, after = shown.logits.argmax(-1).tolist(), shown.masked_logits.argmax(-1).tolist()
     rows = {"input": pixel_values, "mask": shown.mask, "masked input": masked_image(pixel_values, pixel_mask)}
@@ -88,6 +97,9 @@ def explanation_grid(
         "mask": [f"kept {k:.0%}, KL {abs(d):.3f}" for k, d in zip(shown.kept.tolist(), shown.kl.tolist(), strict=True)],
         "masked input": [id2label[a] + ("" if a == b else " (changed)") for a, b in zip(after, before, strict=True)],
     }
+    for name, scores in (others or {}).items():
+        low, high = scores.amin((1, 2), keepdim=True), scores.amax((1, 2), keepdim=True)
+        rows[name] = (scores - low) / (high - low).clamp(min=1e-12)
     if truth is not None:
         rows["truth"] = truth
     return picture_grid(rows, titles)
@@ -101,13 +113,36 @@ def to_png(figure: Figure, dpi: int = 100) -> bytes:
     return buffer.getvalue()
 
 
+def explained_beside_others(
+    diffmask: VisionDiffMask, batch: dict[str, torch.Tensor], id2label: dict[int, str], layer: int | None = None
+) -> Figure:
+    """`explanation_grid` of a batch, with Grad-CAM and attention rollout of the same pictures underneath."""
+    pictures = batch["pixel_values"].to(diffmask.device)
+    others = {"Grad-CAM": grad_cam, "rollout": attention_rollout}
+    scores = {name: method(diffmask.base, pictures) for name, method in others.items()}
+    return explanation_grid(pictures, diffmask.explain(pictures, layer), id2label, batch.get("truth"), scores)
+
+
+def send_to_trackers(trackers: Sequence[str], file: Path, step: int) -> None:
+    """Show a PNG file in the trackers that Trainer reports to; those without pictures (a CSV) are passed over."""
+    if "tensorboard" in trackers:
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(file.parent / "runs" / "samples")) as writer:
+            writer.add_image(file.stem.split("-")[0], plt.imread(file)[..., :3], step, dataformats="HWC")
+    for name in ("wandb", "trackio"):
+        if name in trackers:
+            tracker = importlib.import_module(name)
+            tracker.log({"samples": tracker.Image(str(file))}, step=step)
+
+
 class SampleImages(TrainerCallback):
-    """Draws the explanation of the first `count` pictures of a dataset at every evaluation: `samples-<step>.png`."""
+    """Draws the first `count` pictures of a dataset, explained, at every evaluation: `samples-<step>.png`."""
 
     def __init__(self, data: Pictures, count: int):
         self.data, self.batch = data, data.batch(range(min(count, len(data))))
 
     def on_evaluate(self, args, state, control, model: VisionDiffMask, **kwargs):
-        pictures = self.batch["pixel_values"].to(model.device)
-        figure = explanation_grid(pictures, model.explain(pictures), self.data.id2label, self.batch.get("truth"))
-        Path(args.output_dir, f"samples-{state.global_step}.png").write_bytes(to_png(figure))
+        file = Path(args.output_dir, f"samples-{state.global_step}.png")
+        file.write_bytes(to_png(explained_beside_others(model, self.batch, self.data.id2label)))
+        send_to_trackers(args.report_to, file, state.global_step)

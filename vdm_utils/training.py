@@ -26,7 +26,7 @@ from transformers import (
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint
 
-from vdm_utils.data import DATASETS, Pictures
+from vdm_utils.data import DATASETS, SPLITS, Pictures
 from vdm_utils.diffmask import DiffMaskOutput, VisionDiffMask, VisionDiffMaskConfig, check_numbers
 from vdm_utils.errors import VDMError, unknown_name
 
@@ -39,7 +39,7 @@ SETTLED_ACCURACY, SETTLED_L0, SETTLED_WEIGHT = 0.75, 0.1, 0.1
 LIMITS = {
     "batch_size": (1, 2**20), "num_workers": (0, 1024), "num_epochs": (1e-9, 1e9), "log_every_n_steps": (1, 2**32),
     "warmup_steps": (0, 2**32), "gate_warmup_steps": (0, 2**32), "patience": (1, 2**32), "lr": (0, 1e3), "weight_decay": (0, 1e3),
-    "patch_dropout": (0, 1), "adam_beta2": (0, 1), "lr_decay": (0, 1.001),
+    "sample_images": (0, 2**20), "shortcut": (0, 1.001), "patch_dropout": (0, 1), "adam_beta2": (0, 1), "lr_decay": (0, 1.001),
 }  # fmt: skip
 
 
@@ -49,41 +49,31 @@ def option(default, text: str):
 
 
 @dataclass
-class RunSettings:
-    """What both training jobs share; the reference's names and defaults where it has them."""
+class DataSettings:
+    """Which pictures; the reference's names and defaults where it has them."""
 
-    dataset: Literal[DATASETS] = option("toy", "task to train on")
-    data_dir: str = option("data/", "where MNIST and CIFAR10 are looked for before $VDM_DATA_DIR and a download")
+    dataset: Literal[DATASETS] = option(
+        "toy", "task; a name with _QA counts a class in grids of that dataset's pictures"
+    )
+    data_dir: str = option(
+        "data/", "where MNIST, CIFAR10 and ImageNet are looked for before $VDM_DATA_DIR; for folder: the folder itself"
+    )
     image_size: int | None = option(None, "side of the square picture in pixels; default: the dataset's own")
     grid_size: int = option(3, "cells per side of a counting grid (2-8)")
     class_idx: int = option(3, "class that is counted")
-    add_noise: bool = option(False, "augment training images with Gaussian noise, std 1")
-    add_rotation: bool = option(False, "augment training images with rotations of ±20 degrees")
-    add_blur: bool = option(False, "augment training images with a Gaussian blur, kernel 3")
-    add_flip: bool = option(False, "augment training images with left-right flips")
-    add_shift: bool = option(False, "augment training images with shifts of up to 1/8 of the side")
-    batch_size: int = option(32, "images per step and device")
-    num_workers: int = option(4, "processes that load data; 0 loads in the main process")
-    num_epochs: float = option(5, "passes over the training data")
-    max_steps: int = option(-1, "stop after this many steps; -1: after num_epochs")
+    shortcut: float = option(0.0, "share of shapes training pictures with a coloured tag that gives the class away")
+    skip_unreadable: bool = option(False, "leave damaged image files out instead of stopping")
     seed: int = option(123, "random seed of weights, data order and sampling")
-    log_every_n_steps: int = option(200, "steps between log lines, evaluations and checkpoints")
-    enable_progress_bar: bool = option(False, "show a progress bar")
-    report_to: str = option("none", "tracker: none, tensorboard, trackio, wandb; metrics.csv is always written")
     output_dir: str | None = option(None, "where the run is written; default: a folder under runs/")
     recipe: Literal["reference", "quick", "paper"] = option("reference", "named set of defaults; flags win over it")
 
-    def augmentations(self) -> tuple[str, ...]:
-        """The chosen names from `data.AUGMENTATIONS`."""
-        return tuple(n for n in ("flip", "shift", "rotation", "blur", "noise") if getattr(self, f"add_{n}"))
-
     def data_options(self) -> dict:
         """Keyword arguments for `load_data`."""
-        names = ("data_dir", "image_size", "grid_size", "class_idx", "seed")
-        return {name: getattr(self, name) for name in names} | {"augment": self.augmentations()}
+        names = ("data_dir", "image_size", "grid_size", "class_idx", "shortcut", "skip_unreadable", "seed")
+        return {name: getattr(self, name) for name in names}
 
     def validate(self) -> None:
-        """Raise `VDMError` for a value that no training run can use."""
+        """Raise `VDMError` for a value that no run can use."""
         for name, kind in get_type_hints(type(self)).items():
             value, choices = getattr(self, name), get_args(kind)
             if get_origin(kind) is Literal and value not in choices:
@@ -98,6 +88,36 @@ class RunSettings:
                 continue
             if not low <= value < high:
                 raise _out_of_range(name, f"{low} <= {name} < {high}", value)
+
+
+@dataclass
+class RunSettings(DataSettings):
+    """What both training jobs share; the reference's names and defaults where it has them."""
+
+    add_noise: bool = option(False, "augment training images with Gaussian noise, std 1")
+    add_rotation: bool = option(False, "augment training images with rotations of ±20 degrees")
+    add_blur: bool = option(False, "augment training images with a Gaussian blur, kernel 3")
+    add_flip: bool = option(False, "augment training images with left-right flips")
+    add_shift: bool = option(False, "augment training images with shifts of up to 1/8 of the side")
+    batch_size: int = option(32, "images per step and device")
+    num_workers: int = option(4, "processes that load data; 0 loads in the main process")
+    num_epochs: float = option(5, "passes over the training data")
+    max_steps: int = option(-1, "stop after this many steps; -1: after num_epochs")
+    log_every_n_steps: int = option(200, "steps between log lines, evaluations and checkpoints")
+    enable_progress_bar: bool = option(False, "show a progress bar")
+    report_to: str = option("none", "tracker: none, tensorboard, trackio, wandb; metrics.csv is always written")
+
+    def augmentations(self) -> tuple[str, ...]:
+        """The chosen names from `data.AUGMENTATIONS`."""
+        return tuple(n for n in ("flip", "shift", "rotation", "blur", "noise") if getattr(self, f"add_{n}"))
+
+    def data_options(self) -> dict:
+        """Keyword arguments for `load_data`."""
+        return super().data_options() | {"augment": self.augmentations()}
+
+    def validate(self) -> None:
+        """Raise `VDMError` for a value that no training run can use."""
+        super().validate()
         trackers = ["none", "all", *get_available_reporting_integrations()]
         if self.report_to not in trackers:
             raise _out_of_range("report_to", "one of the installed trackers: " + ", ".join(trackers), self.report_to)
@@ -119,6 +139,7 @@ class ClassifierSettings(RunSettings):
     warmup_steps: int = option(0, "steps of linear warm-up")
     patch_dropout: float = option(0.0, "fraction of patches left out of every training image; saves as much time")
     mimetic_start: bool = option(False, "start the attention of a ViT trained from scratch where trained ones end up")
+    bf16: bool = option(False, "multiply matrices in bfloat16, where the processor can")
     patience: int = option(5, "stop after this many evaluations without a better validation accuracy")
 
 
@@ -164,6 +185,20 @@ class DiffMaskSettings(RunSettings):
         check_numbers(VisionDiffMaskConfig(**self.config()), "training settings")
 
 
+@dataclass
+class ExplainSettings(DataSettings):
+    """Settings of `explain`."""
+
+    dataset: Literal[DATASETS] = option("CIFAR10", "task whose pictures are explained")
+    diffmask_checkpoint: str | None = option(None, "folder of a trained DiffMask")
+    split: Literal[SPLITS] = option("test", "part of the dataset")
+    images: list[str] = field(
+        default_factory=list, metadata={"help": "picture files to explain, instead of a dataset's"}
+    )
+    sample_images: int = option(8, "number of pictures of the dataset that are explained, from the first on")
+    layer: int | None = option(None, "show the mask after this gate; default: the last")
+
+
 # Named sets of defaults. `reference` is the dataclass itself.
 RECIPES: dict[str, dict[type, dict]] = {
     "reference": {ClassifierSettings: {}, DiffMaskSettings: {}},
@@ -184,11 +219,11 @@ RECIPES: dict[str, dict[type, dict]] = {
 }  # fmt: skip
 
 
-def settings(kind: type, recipe: str = "reference", **changes) -> ClassifierSettings | DiffMaskSettings:
+def settings(kind: type, recipe: str = "reference", **changes) -> DataSettings:
     """The settings of a recipe with `changes` on top: `settings(DiffMaskSettings, "quick", eps=0.05)`."""
     if recipe not in RECIPES:
         raise unknown_name("recipe", recipe, RECIPES, "settings")
-    return kind(**{"recipe": recipe, **RECIPES[recipe][kind], **changes})
+    return kind(**{"recipe": recipe, **RECIPES[recipe].get(kind, {}), **changes})
 
 
 def _out_of_range(name, expected, got) -> VDMError:
@@ -233,6 +268,7 @@ def _arguments(chosen: RunSettings, output_dir: Path, optimizer: str, **more) ->
         disable_tqdm=not chosen.enable_progress_bar,
         report_to=chosen.report_to,
         seed=chosen.seed,
+        use_cpu=not torch.accelerator.is_available(),  # Trainer wants to be told before it computes in bfloat16 there
         **more,
     )
 
@@ -337,7 +373,7 @@ def train_classifier(
         else {"eval_strategy": "epoch", "save_strategy": "epoch"}
     )
     arguments = _arguments(
-        chosen, output_dir, "adamw_torch", weight_decay=chosen.weight_decay, lr_scheduler_type=chosen.lr_schedule if not chosen.warmup_steps or chosen.lr_schedule != "constant" else "constant_with_warmup",
+        chosen, output_dir, "adamw_torch", bf16=chosen.bf16, weight_decay=chosen.weight_decay, lr_scheduler_type=chosen.lr_schedule if not chosen.warmup_steps or chosen.lr_schedule != "constant" else "constant_with_warmup",
         warmup_steps=chosen.warmup_steps, eval_steps=chosen.log_every_n_steps, save_steps=chosen.log_every_n_steps,
         save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=True, **steps,
     )  # fmt: skip

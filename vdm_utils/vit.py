@@ -7,6 +7,7 @@ transformer has: a module that turns pixels into patch embeddings (`get_input_em
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import (
     AutoModelForImageClassification,
@@ -156,6 +158,33 @@ def load_classifier(name_or_path: str | Path, num_labels: int | None = None) -> 
     return model.eval()
 
 
+@torch.no_grad()
+def with_image_size(model: PreTrainedModel, image_size: int | tuple[int, int]) -> PreTrainedModel:
+    """The same classifier for images of another size: its position embeddings are stretched over the new patch grid.
+
+    Raises:
+        VDMError: for a model without a table of position embeddings, or patches that do not tile the image.
+    """
+    height, width = as_pair(image_size)
+    old = PatchView(model)
+    name = next((n for n, _ in model.named_parameters() if n.endswith("embeddings.position_embeddings")), None)
+    if name is None or height % old.patch_size[0] or width % old.patch_size[1]:
+        raise VDMError("the classifier cannot take another image size", where=type(model).__name__,
+                       expected=f"position embeddings and a multiple of the patches {old.patch_size}", got=(height, width),
+                       fix="use its own image size")  # fmt: skip
+    config = copy.deepcopy(model.config)
+    config.image_size = height if height == width else [height, width]
+    larger = type(model)(config)
+    weights, (rows, cols) = model.state_dict(), old.grid
+    table = weights[name]
+    prefix, patches = table[:, : -rows * cols], table[:, -rows * cols :]
+    plane = patches.unflatten(1, (rows, cols)).permute(0, 3, 1, 2)  # [1, d, rows, cols]
+    stretched = F.interpolate(plane.float(), size=PatchView(larger).grid, mode="bicubic").flatten(2).transpose(1, 2)
+    weights[name] = torch.cat([prefix, stretched.to(prefix.dtype)], dim=1)
+    larger.load_state_dict(weights)
+    return larger.to(table.dtype).eval()
+
+
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 (hex) of every weight of a model: name, dtype, shape and bytes."""
     digest = hashlib.sha256()
@@ -231,7 +260,7 @@ class PatchView:
                        fix="resize and normalise them as load_data does")  # fmt: skip
 
     @contextmanager
-    def _frozen(self) -> Iterator[None]:
+    def frozen(self) -> Iterator[None]:
         """Evaluation mode and no weight gradients while the block runs; what had to be changed is put back."""
         training = [module for module in self._all_modules if module.training]
         wanted = [parameter for parameter in self._all_parameters if parameter.requires_grad]
@@ -262,7 +291,7 @@ class PatchView:
             seen["input"] = inputs[0]
 
         with ExitStack() as stack, torch.no_grad():
-            stack.enter_context(self._frozen())
+            stack.enter_context(self.frozen())
             stack.callback(self.projection.register_forward_hook(keep("embeddings")).remove)
             stack.callback(self.layers[0].register_forward_pre_hook(keep_input).remove)
             for k, layer in enumerate(self.layers):
@@ -290,7 +319,7 @@ class PatchView:
             return embeddings.to(output.dtype)
 
         with ExitStack() as stack:
-            stack.enter_context(self._frozen())
+            stack.enter_context(self.frozen())
             stack.callback(self.projection.register_forward_hook(replace).remove)
             return self.model(pixel_values).logits
 

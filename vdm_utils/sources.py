@@ -1,0 +1,237 @@
+"""Where real pictures come from: scikit-learn's digits, folders of images, and torchvision's MNIST and CIFAR-10."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision.datasets import CIFAR10, MNIST
+from torchvision.transforms.v2 import functional as transforms
+
+from vdm_utils.errors import VDMError
+from vdm_utils.pictures import ImageSet, Pictures
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+HELD_OUT = 10_000  # at most so many training pictures, and at most a tenth of them, are the validation split
+
+
+def digits(split: str, seed: int) -> ImageSet:
+    """scikit-learn's 1,797 handwritten digits (8×8, 0..16), each pixel doubled to 16×16; 60/15/25 % splits."""
+    from sklearn.datasets import load_digits
+
+    scanned = load_digits()
+    pixels = torch.from_numpy((scanned.images * (255 / 16)).round().astype(np.uint8))[:, None]
+    pixels = pixels.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    order = np.random.default_rng(0).permutation(len(pixels))  # the split itself never depends on `seed`
+    bounds = {"train": (0, 1078), "validation": (1078, 1348), "test": (1348, 1797)}[split]
+    part = torch.from_numpy(order[slice(*bounds)])
+    classes = torch.from_numpy(scanned.target.astype(np.int64))
+    pictures = ImageSet("digits", split, pixels[part], classes[part], [str(d) for d in range(10)], seed=seed)
+    pictures.patch_size = 2
+    return pictures
+
+
+# ---------------------------------------------------------------- image files
+
+
+def read_image(file: Path, channels: int = 3) -> Image.Image:
+    """One picture of any mode (grey, palette, transparent, CMYK, 16 bits), upright, with 1 or 3 channels of 8 bits."""
+    try:
+        with Image.open(file) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            elif image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:  # what is see-through is white
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            return image.convert("RGB" if channels == 3 else "L")
+    # Pillow raises OSError, SyntaxError, ValueError, DecompressionBombError … depending on the format and the damage
+    except Exception as error:
+        raise VDMError("an image cannot be read", where=str(file), expected="a picture file", got=error,
+                       fix="replace or delete it, or leave such files out with skip_unreadable") from error  # fmt: skip
+
+
+def read_pictures(files: Sequence[str | Path], size: tuple[int, int], channels: int = 3) -> torch.Tensor:
+    """Picture files as `pixel_values` [B, C, height, width] in −1..1: scaled to cover `size`, and the centre cut out."""
+    fitted = [ImageOps.fit(read_image(Path(f), channels), size[::-1], Image.Resampling.BICUBIC) for f in files]
+    return torch.stack([transforms.to_dtype(transforms.to_image(p), torch.float32, scale=True) for p in fitted]) * 2 - 1
+
+
+def list_images(folder: Path) -> tuple[list[Path], np.ndarray, list[str]]:
+    """Files, their class indices, and the sorted class names of `<folder>/<class>/<image>`; hidden files are ignored."""
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if len(names) < 2:
+        raise VDMError("too few class folders", where=str(folder), expected="at least 2", got=len(names),
+                       fix="lay the images out as <folder>/<class>/<image>")  # fmt: skip
+    files, classes = [], []
+    for label, name in enumerate(names):
+        found = sorted(
+            p for p in (folder / name).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
+        )
+        if not found:
+            raise VDMError("a class folder holds no image", where=f"{folder}/{name}", expected="image files", got="none",
+                           fix="remove the folder or unpack the data again")  # fmt: skip
+        files += found
+        classes += [label] * len(found)
+    return files, np.array(classes), names
+
+
+def read_image_folder(folder: Path, channels: int = 3) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """All of `<folder>/<class>/<image>` at once: uint8 [M, C, H, W], class indices [M], class names (sorted)."""
+    files, classes, names = list_images(folder)
+    images = [np.asarray(read_image(file, channels)) for file in files]
+    sizes = {image.shape[:2] for image in images}
+    if len(sizes) > 1:
+        raise VDMError("images of different sizes", where=str(folder), expected="one size",
+                       got=sorted(sizes)[:4], fix="resize them to one size first")  # fmt: skip
+    stacked = torch.from_numpy(np.stack(images))
+    stacked = stacked.permute(0, 3, 1, 2) if channels == 3 else stacked[:, None]
+    return stacked.contiguous(), torch.from_numpy(classes), names
+
+
+class FolderImages(Pictures):
+    """Image files of any size, read when they are asked for: scaled to cover a square, and its centre cut out."""
+
+    patch_size = 16
+
+    def __init__(self, name, split, files: list[Path], classes: np.ndarray, names, *, side: int, seed=0):
+        super().__init__(name, split, len(files), seed)
+        self.files, self.classes, self.id2label = files, torch.from_numpy(classes), dict(enumerate(names))
+        self.side = side
+        self.image_size = (side, side)
+
+    def _draw(self, index):
+        square = (self.side, self.side)
+        images = [np.asarray(ImageOps.fit(read_image(self.files[i]), square, Image.Resampling.BICUBIC)) for i in index]
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        return {"pixels": pixels, "labels": self.classes[torch.from_numpy(index)]}
+
+
+def held_out(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """A shuffled (train, validation) split of `count` training pictures; it never depends on a seed."""
+    order = np.random.default_rng(0).permutation(count)
+    cut = min(count // 10, HELD_OUT)
+    return order[cut:], order[:cut]
+
+
+def image_folder(
+    name: str, root: Path, split: str, *, side: int, seed: int, skip_unreadable: bool, folders: dict[str, str]
+) -> FolderImages:
+    """A split of a folder with `<class>/` folders in it, or in its `train`, `validation` and `test` folders.
+
+    `folders` names the sub-folder of each split, e.g. {"train": "train", "test": "val"}. A split without one is taken
+    out of the training pictures: a tenth, drawn class by class.
+    """
+    present = {part: root / sub for part, sub in folders.items() if (root / sub).is_dir()}
+    if split != "train" and split in present:
+        files, classes, names = list_images(present[split])
+        part = np.arange(len(files))
+    else:
+        files, classes, names = list_images(present.get("train", root))
+        missing = [other for other in ("test", "validation") if other not in present]
+        part = np.concatenate(
+            [_share(np.flatnonzero(classes == c), split, missing, len(names)) for c in range(len(names))]
+        )
+    if skip_unreadable:
+        part = np.array([i for i in part if _is_readable(files[i])], dtype=np.int64)
+    if not len(part):
+        raise VDMError(f"no picture for the {split} split", where=str(root), expected="at least 3 pictures per class",
+                       got=len(files), fix=f"add pictures, or make a {split} folder with class folders in it")  # fmt: skip
+    return FolderImages(name, split, [files[i] for i in part], classes[part], names, side=side, seed=seed)
+
+
+def _share(members: np.ndarray, split: str, missing: list[str], num_classes: int) -> np.ndarray:
+    """The pictures of a class for a split: a tenth for each missing one, at least one where there are three."""
+    order = np.random.default_rng(0).permutation(members)
+    cut = max(1, min(len(order) // 10, HELD_OUT // num_classes)) if len(order) >= 3 else 0
+    if split == "train":
+        return order[cut * len(missing) :]
+    first = cut * missing.index(split)
+    return order[first : first + cut]
+
+
+def _is_readable(file: Path) -> bool:
+    try:
+        read_image(file)
+    except VDMError as error:
+        logger.warning("left out: %s", str(error).replace("\n", " "))
+        return False
+    return True
+
+
+# ---------------------------------------------------------------- datasets that have to be somewhere
+
+
+def search_path(data_dir: str | os.PathLike | None) -> list[Path]:
+    """Where downloaded data is looked for, in order."""
+    candidates = [data_dir, os.environ.get("VDM_DATA_DIR"), "data"]
+    return list(dict.fromkeys(Path(c) for c in candidates if c))
+
+
+def imagenet(split: str, data_dir, *, side: int, seed: int, skip_unreadable: bool) -> FolderImages:
+    """ImageNet as torchvision lays it out: `imagenet/{train,val}/<wnid>/*`. It is never downloaded."""
+    places = [place / name for place in search_path(data_dir) for name in ("imagenet", "ImageNet")]
+    root = next((p for p in places if (p / "val").is_dir() and (p / "train").is_dir()), None)
+    if root is None:
+        raise VDMError("ImageNet is not here", expected="imagenet/train/<wnid>/* and imagenet/val/<wnid>/* in "
+                       + ", ".join(map(str, search_path(data_dir))), got="no such folders",
+                       fix="unpack it there (image-net.org), or set VDM_DATA_DIR; it is never downloaded")  # fmt: skip
+    pictures = image_folder("ImageNet", root, split, side=side, seed=seed, skip_unreadable=skip_unreadable,
+                            folders={"train": "train", "test": "val"})  # fmt: skip
+    mapping = root / "LOC_synset_mapping.txt"  # "n01440764 tench, Tinca tinca", as distributed with the pictures
+    if mapping.is_file():
+        words = dict(line.split(" ", 1) for line in mapping.read_text().splitlines() if " " in line)
+        pictures.id2label = {i: words.get(n, n).split(",")[0] for i, n in pictures.id2label.items()}
+    return pictures
+
+
+def own_folder(split: str, data_dir, *, side: int, seed: int, skip_unreadable: bool) -> FolderImages:
+    """A user's own pictures: `<data_dir>/<class>/*`, or the same inside `train`, `validation` and `test` folders."""
+    root = Path(data_dir or "data/")
+    if not root.is_dir():
+        raise VDMError("no such folder", where="dataset folder", expected="data_dir with one folder per class", got=root,
+                       fix="check data_dir")  # fmt: skip
+    validation = "val" if (root / "val").is_dir() else "validation"
+    return image_folder("folder", root, split, side=side, seed=seed, skip_unreadable=skip_unreadable,
+                        folders={"train": "train", "validation": validation, "test": "test"})  # fmt: skip
+
+
+def downloadable(name: str, split: str, data_dir, seed: int) -> ImageSet:
+    """MNIST or CIFAR10: an image folder, else torchvision's own files, else torchvision's download."""
+    dataset = {"MNIST": MNIST, "CIFAR10": CIFAR10}[name]
+    channels = 1 if name == "MNIST" else 3
+    part = "test" if split == "test" else "train"
+    places = search_path(data_dir)
+    for place in places:
+        folder = place / name.lower()
+        if (folder / part).is_dir():
+            images, classes, names = read_image_folder(folder / part, channels)
+            if len(names) != 10:
+                raise VDMError("data only half unpacked", where=str(folder / part), expected="10 class folders",
+                               got=len(names), fix="unpack the data again")  # fmt: skip
+            break
+    else:
+        for attempt, place in enumerate([*places, places[0]]):
+            last = attempt == len(places)  # nothing found anywhere: download to the first place
+            try:
+                found = dataset(str(place), train=part == "train", download=last)
+            except Exception as error:  # torchvision raises RuntimeError, URLError, OSError … depending on the failure
+                if last:
+                    raise VDMError(f"{name} is not here and cannot be downloaded", expected=f"{name.lower()}/{part}/<class>/* "
+                                   f"or torchvision's files in {', '.join(map(str, places))}", got=f"{type(error).__name__}: {error}",
+                                   fix="unpack it there, set VDM_DATA_DIR, or use toy, shapes or digits, which need no files") from error  # fmt: skip
+                continue
+            images = torch.as_tensor(found.data)
+            images = images[:, None] if channels == 1 else images.permute(0, 3, 1, 2).contiguous()
+            classes, names = torch.as_tensor(found.targets), found.classes
+            break
+    if split != "test":
+        chosen = torch.from_numpy(held_out(len(images))[("train", "validation").index(split)])
+        images, classes = images[chosen], classes[chosen]
+    return ImageSet(name, split, images, classes, list(names), seed=seed)
