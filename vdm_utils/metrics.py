@@ -1,4 +1,4 @@
-"""How good is a mask? Agreement with a known truth."""
+"""How good is a mask? Agreement with a known truth, and what the classifier says when patches are taken away."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import math
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
 from vdm_utils.data import Pictures
 from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.errors import VDMError
 from vdm_utils.objective import kl_divergence
-from vdm_utils.vit import PatchStates
+from vdm_utils.vit import PatchStates, PatchView
 
 
 def on_grid(truth: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -52,11 +53,56 @@ def jensen_shannon(mask: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     return torch.where(q.sum(1) > 0, divergence, torch.full_like(divergence, math.nan))
 
 
+def mass_accuracy(mask: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Share of the mask's mass that lies on the true pixels, per image: [B], 0..1; NaN for an empty truth or mask.
+
+    `truth` may be finer than the mask: every patch counts by the share of it that is true.
+    """
+    true = on_grid(truth, mask.shape[-2:])
+    share = (mask * true).sum((1, 2)) / mask.sum((1, 2))
+    return torch.where(true.sum((1, 2)) > 0, share, torch.full_like(share, math.nan))
+
+
+@torch.no_grad()
+def deletion_curves(
+    model: PreTrainedModel,
+    pixel_values: torch.Tensor,
+    scores: torch.Tensor,
+    important_first: bool,
+    points: int = 29,
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replace more and more patches by uniform noise, in the order of `scores` [B, rows, cols].
+
+    The fractions replaced are i / (points + 1) for i = 1..points. Returns the probability of the class predicted for the
+    whole picture and the KL from the whole picture's output in nats, both [B, points]. A good ranking makes the
+    probability fall fast with the important patches first, and hold long with the unimportant ones first.
+    """
+    view = PatchView(model)
+    view.check(pixel_values)
+    batch, (rows, cols) = len(pixel_values), view.grid
+    order = scores.flatten(1).argsort(dim=1, descending=important_first)
+    rank = order.argsort(dim=1).view(batch, 1, rows, cols)  # 0 goes first
+    rank = F.interpolate(rank.float(), size=pixel_values.shape[-2:], mode="nearest")
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(pixel_values.shape, generator=generator).to(pixel_values.device) * 2 - 1
+    with view.frozen():
+        whole = model(pixel_values).logits.float()
+        predicted = whole.argmax(-1, keepdim=True)
+        probability, kl = [], []
+        for point in range(1, points + 1):
+            gone = rank < round(rows * cols * point / (points + 1))
+            logits = model(torch.where(gone, noise, pixel_values)).logits.float()
+            probability.append(logits.softmax(-1).gather(1, predicted)[:, 0])
+            kl.append(kl_divergence(whole, logits))
+    return torch.stack(probability, 1), torch.stack(kl, 1)
+
+
 @torch.no_grad()
 def truth_report(diffmask: VisionDiffMask, data: Pictures, batch_size: int = 250) -> dict[str, float]:
     """What the shown masks of a dataset with a known truth are worth; every value is a mean over images.
 
-    `iou` and `js` as above; `kl` in nats; `feasible`: share with KL ≤ ε; `kept`: mask mean; `kept_true` and
+    `iou`, `js` and `mass` as above; `kl` in nats; `feasible`: share with KL ≤ ε; `kept`: mask mean; `kept_true` and
     `kept_other`: mean of the mask on the true patches and on the others. `truth_feasible`: share on which the *true* mask,
     with the learned placeholder, keeps KL ≤ ε; well below 1 the classifier itself is unsure where only the truth is left.
     """
@@ -71,6 +117,7 @@ def truth_report(diffmask: VisionDiffMask, data: Pictures, batch_size: int = 250
         values = {
             "iou": patch_iou(mask, batch["truth"]),
             "js": jensen_shannon(mask, batch["truth"]),
+            "mass": mass_accuracy(mask, batch["truth"]),
             "kl": shown.kl.cpu(),
             "feasible": (shown.kl.cpu() <= diffmask.config.eps).float(),
             "truth_feasible": (truth_kl <= diffmask.config.eps).float(),
