@@ -14,6 +14,7 @@ from vdm_utils import data, sources
 from vdm_utils import pictures as pictures_module
 from vdm_utils.data import AUGMENTATIONS, augment_batch, hashed_uniform, load_data
 from vdm_utils.errors import VDMError
+from vdm_utils.pictures import move_pixels
 from vdm_utils.shapes import SHAPES, inside
 
 COLOURS = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)]  # red … cyan
@@ -430,6 +431,22 @@ def test_the_truth_moves_with_its_picture():
     assert torch.equal(augment_batch(mask[:, None], ["blur", "noise"], 3, index, mask)[1], mask)
 
 
+def test_cells_can_move_by_themselves():
+    options = {"length": 60, "augment": ["flip", "shift", "rotation"]}
+    plain = load_data("digits_QA", "train", length=60).batch(range(60))
+    grids = load_data("digits_QA", "train", augment_cells=True, **options)
+    moved = grids.batch(range(60))
+    assert torch.equal(moved["truth"], plain["truth"]) and not torch.equal(moved["pixel_values"], plain["pixel_values"])
+    ink = [tiles(p["pixel_values"] + 1, 3).sum((3, 4, 5)) for p in (plain, moved)]  # [B, 3, 3]
+    assert torch.corrcoef(torch.stack([i.flatten() for i in ink]))[0, 1] > 0.9  # every digit is still in its cell
+    grids.set_epoch(1)
+    assert not torch.equal(grids.batch(range(60))["pixel_values"], moved["pixel_values"])
+    again = load_data("digits_QA", "train", augment_cells=True, **options)
+    assert torch.equal(again.batch([7])["pixel_values"][0], moved["pixel_values"][7])
+    test = load_data("digits_QA", "test", augment_cells=True, **options).batch(range(60))
+    assert torch.equal(test["pixel_values"], load_data("digits_QA", "test", length=60).batch(range(60))["pixel_values"])
+
+
 def test_the_truth_of_a_grid_moves_too():
     options = {"grid_size": 4, "length": 64}
     plain, flipped = (load_data("toy", "train", augment=names, **options).batch(range(64)) for names in ((), ("flip",)))
@@ -486,6 +503,18 @@ def test_rotation():
     angles = torch.rad2deg(torch.atan2(down, right))
     assert angles.abs().max() < 20.5 and angles.min() < -18 and angles.max() > 18
     assert angles.std() == pytest.approx(40 / 12**0.5, abs=1)  # of a uniform distribution
+
+
+def test_rotation_keeps_right_angles():
+    images = torch.zeros(1, 1, 40, 80)
+    images[..., 15:25, 35:45] = 1  # a square in a picture that is none
+    turned = move_pixels(images, ["rotation"], torch.full((1, 6), 1.0))  # by 20°
+    centred = turned[0, 0] > 0.5
+    assert centred.sum() == pytest.approx(100, abs=8)
+    rows, cols = centred.nonzero().float().T
+    assert rows.mean() == pytest.approx(19.5, abs=0.1) and cols.mean() == pytest.approx(39.5, abs=0.1)
+    spread = torch.cov(torch.stack([rows, cols]))
+    assert spread[0, 0].item() == pytest.approx(spread[1, 1].item(), rel=0.1)
 
 
 def test_blur():

@@ -64,6 +64,7 @@ class Parser(HfArgumentParser):
 NEEDS = {
     "grid_size": (lambda c: c.dataset == "toy" or c.dataset.endswith("_QA"), "a counting dataset"),
     "class_idx": (lambda c: c.dataset == "toy" or c.dataset.endswith("_QA"), "a counting dataset"),
+    "augment_cells": (lambda c: c.dataset.endswith("_QA") and c.augmentations(), "a _QA dataset and an augmentation"),
     "skip_unreadable": (lambda c: c.dataset.startswith(("folder", "ImageNet")), "--dataset folder or ImageNet"),
     "lr_placeholder": (lambda c: not c.no_placeholder, "a placeholder, so no --no_placeholder"),
     "size": (lambda c: not c.from_pretrained, "a base from scratch, so no --from_pretrained"),

@@ -15,7 +15,16 @@ import torch
 
 from vdm_utils import sources
 from vdm_utils.errors import VDMError, unknown_name
-from vdm_utils.pictures import AUGMENTATIONS, SPLITS, ImageSet, Pictures, augment_batch, hashed_uniform
+from vdm_utils.pictures import (
+    AUGMENTATIONS,
+    MOVES,
+    SPLITS,
+    ImageSet,
+    Pictures,
+    augment_batch,
+    hashed_uniform,
+    move_pixels,
+)
 from vdm_utils.shapes import Shapes
 
 __all__ = [
@@ -84,9 +93,11 @@ class CountingGrids(Pictures):
     """Grids of pictures; the label is how many show class `class_idx` (the reference's CIFAR10_QA, for any dataset).
 
     Counts are uniform on 0..grid_size²; no picture stands twice in one grid; `truth` is 1 on the counted cells.
+    `cell_moves`: augmentations that move every picture within its own cell.
     """
 
     has_truth = True
+    cell_moves: Sequence[str] = ()
 
     def __init__(self, pictures: Pictures, *, length: int, grid_size: int, class_idx: int, seed: int, augment=()):
         super().__init__(f"{pictures.name}_QA", pictures.split, length, seed, augment)
@@ -114,6 +125,10 @@ class CountingGrids(Pictures):
         counted = self.counted[_distinct(u[:, :cells], len(self.counted))]  # [B, N]
         others = self.others[_distinct(u[:, cells:], len(self.others))]
         tiles = self.pictures._draw(np.where(truth, counted, others).ravel())["pixels"]  # [B·N, C, h, w]
+        if self.cell_moves:
+            place = (index[:, None] * cells + np.arange(cells)).ravel()
+            u = torch.from_numpy(hashed_uniform(self.seed + 7919 * self.epoch, 12, place, 6))
+            tiles = move_pixels(tiles.float(), self.cell_moves, u).round().to(torch.uint8)
         batch, (_, channels, height, width) = len(index), tiles.shape
         grid = tiles.view(batch, side, side, channels, height, width).permute(0, 3, 1, 4, 2, 5)
         return {
@@ -142,6 +157,7 @@ def load_data(
     grid_size: int = 3,
     class_idx: int = 3,
     augment: Sequence[str] = (),
+    augment_cells: bool = False,
     seed: int = 123,
     length: int | None = None,
     shortcut: float = 0.0,
@@ -160,6 +176,7 @@ def load_data(
         grid_size: cells per side of a counting grid, 2–8 (toy and `_QA`).
         class_idx: the class that is counted (toy: colour 0–5).
         augment: names from `AUGMENTATIONS`, on the training split only.
+        augment_cells: flip, shift and rotate every picture of a `_QA` grid within its cell, and not the grid as a whole.
         seed: of drawn images and of augmentation.
         length: number of drawn items (toy, shapes and `_QA`; 50,000 for training, 1,000 otherwise).
         shortcut: share of the training and validation pictures of `shapes` with a tag that gives the class away. The
@@ -210,6 +227,9 @@ def load_data(
     if counting:
         _check_integer("class_idx", class_idx, 0, pictures.num_labels - 1, where)
         pictures = CountingGrids(pictures, length=length, grid_size=grid_size, class_idx=class_idx, seed=seed)
+        if augment_cells:
+            pictures.cell_moves = [move for move in MOVES if move in augment]
+            augment = tuple(other for other in augment if other not in MOVES)
     if image_size is not None:
         pictures.image_size = (image_size, image_size)
     pictures.augment = augment

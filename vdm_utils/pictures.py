@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 
 SPLITS = ("train", "validation", "test")
-AUGMENTATIONS = ("flip", "shift", "rotation", "blur", "noise")  # applied in this order, before normalisation
+MOVES = ("flip", "shift", "rotation")
+AUGMENTATIONS = (*MOVES, "blur", "noise")  # applied in this order, before normalisation
 
 
 def hashed_uniform(seed: int, stream: int, index: np.ndarray, count: int) -> np.ndarray:
@@ -107,14 +108,14 @@ def augment_batch(
     A `truth` [B, rows, cols] is moved along with its image: afterwards it says which share of every cell is true.
     """
     u = torch.from_numpy(hashed_uniform(seed, 11, index, 6))  # [B, 6], in 64 bits: in 32 it could round up to 1
-    moves = [name for name in ("flip", "shift", "rotation") if name in names]
+    moves = [name for name in MOVES if name in names]
     if truth is not None and moves:  # one more channel of the picture
         channels, cells = pixels.shape[1], tuple(truth.shape[-2:])
         on_pixels = F.interpolate(truth[:, None].float(), size=pixels.shape[-2:], mode="nearest-exact")
-        moved = _move(torch.cat([pixels, on_pixels], dim=1), moves, u)
+        moved = move_pixels(torch.cat([pixels, on_pixels], dim=1), moves, u)
         pixels, truth = moved[:, :channels], F.interpolate(moved[:, channels:], size=cells, mode="area")[:, 0]
     elif moves:
-        pixels = _move(pixels, moves, u)
+        pixels = move_pixels(pixels, moves, u)
     if "blur" in names:
         sigmas = (0.1 + 1.9 * u[:, 4]).tolist()
         pixels = torch.stack([transforms.gaussian_blur(p, [3, 3], [s, s]) for p, s in zip(pixels, sigmas, strict=True)])
@@ -125,8 +126,8 @@ def augment_batch(
     return pixels, truth
 
 
-def _move(pixels: torch.Tensor, names: Sequence[str], u: torch.Tensor) -> torch.Tensor:
-    """The augmentations that move pixels [B, C, H, W] to other places."""
+def move_pixels(pixels: torch.Tensor, names: Sequence[str], u: torch.Tensor) -> torch.Tensor:
+    """The augmentations that move pixels [B, C, H, W] to other places, from uniforms [B, 6]."""
     batch, _, height, width = pixels.shape
     if "flip" in names:
         pixels = torch.where((u[:, 0] < 0.5)[:, None, None, None], pixels.flip(-1), pixels)
@@ -139,9 +140,12 @@ def _move(pixels: torch.Tensor, names: Sequence[str], u: torch.Tensor) -> torch.
         channels = torch.arange(pixels.shape[1])[None, :, None, None]
         pixels = padded[torch.arange(batch)[:, None, None, None], channels, rows, cols]
     if "rotation" in names:
-        angles = (u[:, 3] * 40 - 20).tolist()
-        bilinear = transforms.InterpolationMode.BILINEAR
-        pixels = torch.stack([transforms.rotate(p, a, bilinear) for p, a in zip(pixels, angles, strict=True)])
+        angle = torch.deg2rad(u[:, 3] * 40 - 20).to(pixels.dtype)
+        cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+        # in units of half the side: of half the width for x, of half the height for y
+        rows = [torch.stack([cos, -sin * height / width, zero], 1), torch.stack([sin * width / height, cos, zero], 1)]
+        place = F.affine_grid(torch.stack(rows, dim=1), list(pixels.shape), align_corners=False)
+        pixels = F.grid_sample(pixels, place, align_corners=False)  # bilinear, black outside
     return pixels
 
 

@@ -99,6 +99,7 @@ class RunSettings(DataSettings):
     add_blur: bool = option(False, "augment training images with a Gaussian blur, kernel 3")
     add_flip: bool = option(False, "augment training images with left-right flips")
     add_shift: bool = option(False, "augment training images with shifts of up to 1/8 of the side")
+    augment_cells: bool = option(False, "flip, shift and rotate every picture of a grid, not the grid as a whole")
     batch_size: int = option(32, "images per step and device")
     num_workers: int = option(4, "processes that load data; 0 loads in the main process")
     num_epochs: float = option(5, "passes over the training data")
@@ -113,7 +114,7 @@ class RunSettings(DataSettings):
 
     def data_options(self) -> dict:
         """Keyword arguments for `load_data`."""
-        return super().data_options() | {"augment": self.augmentations()}
+        return super().data_options() | {"augment": self.augmentations(), "augment_cells": self.augment_cells}
 
     def validate(self) -> None:
         """Raise `VDMError` for a value that no training run can use."""
