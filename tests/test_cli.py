@@ -161,6 +161,24 @@ def test_a_base_can_be_fine_tuned_at_another_size(capsys, base_run, tmp_path):
     assert torch.equal(larger.vit.layers[0].attention.q_proj.weight, before.layers[0].attention.q_proj.weight)
 
 
+def test_a_base_can_be_trained_in_half_precision(capsys, tmp_path, monkeypatch):
+    kinds = []
+    forward = torch.nn.functional.linear
+
+    def linear(*args):
+        output = forward(*args)
+        kinds.append(output.dtype)
+        return output
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    for name, line in (("half", "--bf16"), ("full", "")):
+        words = ["train-base", *TINY, "--patch_size", 4, *split(line)]
+        kinds.clear()
+        assert run(capsys, *words, "--output_dir", tmp_path / name)[0] == 0
+        assert (torch.bfloat16 in kinds) == (name == "half")
+    assert {p.dtype for p in load_classifier(tmp_path / "half").parameters()} == {torch.float32}
+
+
 def test_pictures_reach_the_trackers(tmp_path, monkeypatch):
     sent = []
 

@@ -1,10 +1,12 @@
 """The files around the code agree with each other and with what they promise."""
 
+import importlib.util
 import re
 import subprocess
 import tomllib
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 
@@ -35,6 +37,33 @@ def test_modules_import_only_what_stands_before_them():
 @pytest.mark.parametrize("target", ["setup", "run", "lab", "test", "checkpoints", "benchmarks"])
 def test_make_knows_its_targets(target):
     assert subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def pages():
+    spec = importlib.util.spec_from_file_location("pages", ROOT / "tools" / "pages.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pages_show_formulas_without_a_network(pages):
+    text = "As $a_1 < b$ says:\n\n$$\\frac{x}{2}$$\n\nand `$HOME` and\n```\n$c$ $d$\n```\n"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text), nbformat.v4.new_code_cell("'$e$'")])
+    shown = pages.with_mathml(notebook)
+    source = shown.cells[0].source
+    assert source.count("<math") == 2 and "<mfrac>" in source and 'display="block"' in source
+    assert "`$HOME`" in source and "$c$ $d$" in source and shown.cells[1].source == "'$e$'"
+    assert notebook.cells[0].source == text
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_every_formula_can_be_shown(pages, path):
+    for cell in pages.with_mathml(nbformat.read(path, 4)).cells:
+        if cell.cell_type == "markdown":
+            assert not re.search(r"<mtext>\\|<mi>\\|&</mo>", cell.source), (
+                cell.source
+            )  # what the converter did not know
 
 
 def test_repository_is_small():

@@ -177,6 +177,15 @@ def test_settled_layers_are_drawn_ten_times_less_often(base, tmp_path, weighted)
     assert torch.allclose(share, expected / expected.sum(), atol=0.02)
 
 
+def test_steps_can_be_spent_on_the_last_gate(base, tmp_path):
+    diffmask = VisionDiffMask.for_classifier(base)
+    chosen = settings(DiffMaskSettings, last_layer_share=0.4)
+    trainer = DiffMaskTrainer(diffmask, TrainingArguments(str(tmp_path), report_to="none"), chosen)
+    torch.manual_seed(0)
+    share = torch.tensor([trainer.draw_layer() for _ in range(6000)]).bincount(minlength=6) / 6000
+    assert torch.allclose(share, torch.tensor([0.1] * 5 + [0.5]), atol=0.02)
+
+
 def test_running_averages_follow_the_layer_that_was_drawn(base, toy, tmp_path, monkeypatch):
     diffmask = VisionDiffMask.for_classifier(base, add_activation=0.0, mul_activation=3.0)
     assert diffmask.running.tolist() == [[0.0] * 6, [1.0] * 6]  # nothing is settled before it was seen

@@ -1,6 +1,6 @@
 """Train again what ships under data/checkpoints, with the commands that its cards state.
 
-    python tools/checkpoints.py            # all of them; about eight minutes on two CPU cores
+    python tools/checkpoints.py            # all of them; hours on two CPU cores, nearly all of them for cifar10
     python tools/checkpoints.py toy        # one task
 
 Each part is copied from its run folder with a `card.json`: command, data, seconds, metrics, fingerprint.
@@ -18,23 +18,48 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from vdm_utils.notebook import CHECKPOINTS
 from vdm_utils.vit import fingerprint, load_classifier
 
-# part: arguments of `python -m vdm_utils`; the run folder is added
+PICTURES = "--batch_size 128 --weight_decay 0.05 --num_workers 0 --bf16 --patience 100 --add_flip --add_shift"
+# part: arguments of `python -m vdm_utils`, stage after stage; a later stage of a base goes on from the one before. The run
+# folder is added, and for a DiffMask its base.
 TASKS = {
     "toy": {
-        "base": "train-base --recipe quick --dataset toy --max_steps 600 --log_every_n_steps 200 --seed 0",
-        "diffmask": "train --recipe quick --dataset toy --seed 0",
+        "base": ["train-base --recipe quick --dataset toy --max_steps 600 --log_every_n_steps 200 --seed 0"],
+        "diffmask": ["train --recipe quick --dataset toy --seed 0"],
     },
     "digits": {
-        "base": "train-base --recipe quick --dataset digits --mimetic_start --add_shift --add_rotation "
-        "--num_epochs 150 --patience 150 --seed 0",
-        "diffmask": "train --recipe quick --dataset digits --max_steps 1500 --seed 0",
+        "base": [
+            "train-base --recipe quick --dataset digits --mimetic_start --add_shift --add_rotation "
+            "--num_epochs 150 --patience 150 --seed 0"
+        ],
+        "diffmask": ["train --recipe quick --dataset digits --max_steps 1500 --seed 0"],
+    },
+    "cifar10": {
+        "base": [
+            f"train-base --dataset CIFAR10 {PICTURES} --size small --mimetic_start --lr 1e-3 --warmup_steps 500 "
+            "--patch_dropout 0.5 --num_epochs 20 --seed 0",
+            f"train-base --dataset CIFAR10 {PICTURES} --lr 1e-3 --lr_schedule linear --warmup_steps 100 "
+            "--patch_dropout 0.5 --num_epochs 16 --seed 8",
+            f"train-base --dataset CIFAR10 {PICTURES} --lr 2e-4 --lr_schedule linear --warmup_steps 20 --num_epochs 2 --seed 9",
+        ],
+        "diffmask": ["train --recipe quick --dataset CIFAR10 --max_steps 1500 --seed 0"],
     },
 }
 KEPT = ("config.json", "model.safetensors")
+
+
+def ship(folder: Path, target: Path) -> None:
+    """Copy what is needed to load a model; weights above 1 MB in half precision (they are loaded in single)."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in KEPT:
+        shutil.copy(folder / name, target / name)
+    weights = target / "model.safetensors"
+    if weights.stat().st_size > 1e6:
+        save_file({k: v.half() for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
 
 
 def main() -> None:
@@ -43,20 +68,21 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/checkpoints"))
     wanted = parser.parse_args()
     for task in wanted.tasks:
-        for part, words in TASKS[task].items():
-            folder, target = wanted.runs / task / part, CHECKPOINTS / task / part
-            shutil.rmtree(folder, ignore_errors=True)
-            base = ["--from_pretrained", str(CHECKPOINTS / task / "base")] if part == "diffmask" else []
-            command = [sys.executable, "-m", "vdm_utils", *shlex.split(words), *base, "--output_dir", str(folder)]
+        for part, stages in TASKS[task].items():
+            target, source = CHECKPOINTS / task / part, CHECKPOINTS / task / "base" if part == "diffmask" else None
             start = time.perf_counter()
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            target.mkdir(parents=True, exist_ok=True)
-            for name in KEPT:
-                shutil.copy(folder / name, target / name)
+            for number, words in enumerate(stages):
+                folder = wanted.runs / task / f"{part}-{number}"
+                shutil.rmtree(folder, ignore_errors=True)
+                base = ["--from_pretrained", str(source)] if source else []
+                command = [sys.executable, "-m", "vdm_utils", *shlex.split(words), *base, "--output_dir", str(folder)]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                source = folder
+            ship(folder, target)
             metrics = json.loads(done.stdout)
             card = {
-                "command": f"python -m vdm_utils {words}" + (f" --from_pretrained data/checkpoints/{task}/base" if base else ""),
-                "data": words.split("--dataset ")[1].split()[0],
+                "command": [f"python -m vdm_utils {words}" for words in stages],
+                "data": stages[0].split("--dataset ")[1].split()[0],
                 "seconds": round(time.perf_counter() - start),
                 "CPU threads": torch.get_num_threads(),
                 "validation": {k: v for k, v in metrics.items() if k.startswith("eval_") and "second" not in k and k != "eval_runtime"},

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import html
 import os
+import re
 import sys
 import time
 from pathlib import Path
 
 import nbformat
+from latex2mathml.converter import convert
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbconvert import HTMLExporter
@@ -33,6 +36,25 @@ def title_and_promise(notebook: nbformat.NotebookNode) -> tuple[str, str]:
     return heading, promise.strip("*_")
 
 
+def with_mathml(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """A copy whose formulas are MathML, which browsers draw themselves: MathJax would have to come from the web."""
+    copied = copy.deepcopy(notebook)
+    for cell in copied.cells:
+        if cell.cell_type == "markdown":
+            parts = re.split(r"(```.*?```|`[^`\n]*`)", cell.source, flags=re.S)  # formulas are not looked for in code
+            parts[::2] = [FORMULA.sub(_mathml, text) for text in parts[::2]]
+            cell.source = "".join(parts)
+    return copied
+
+
+FORMULA = re.compile(r"\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$", re.S)
+
+
+def _mathml(found: re.Match) -> str:
+    block = found["block"] is not None
+    return convert(found["block"] or found["inline"], display="block" if block else "inline").replace("*", "&#42;")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("notebooks", nargs="+", type=Path)
@@ -54,8 +76,8 @@ def main() -> int:
         heading, promise = title_and_promise(notebook)
         nbformat.write(notebook, wanted.output_dir / path.name)
         page = wanted.output_dir / path.with_suffix(".html").name
-        # the widgets' and MathJax's scripts are looked for on the web; without a network the page still reads
-        page.write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
+        # the widgets' scripts are looked for on the web; without a network the page still reads
+        page.write_text(HTMLExporter().from_notebook_node(with_mathml(notebook))[0], encoding="utf-8")
         items.append(
             f'<li><a href="{page.name}">{html.escape(heading)}</a><br><small>{html.escape(promise)}</small></li>'
         )

@@ -39,7 +39,7 @@ SETTLED_ACCURACY, SETTLED_L0, SETTLED_WEIGHT = 0.75, 0.1, 0.1
 LIMITS = {
     "batch_size": (1, 2**20), "num_workers": (0, 1024), "num_epochs": (1e-9, 1e9), "log_every_n_steps": (1, 2**32),
     "warmup_steps": (0, 2**32), "gate_warmup_steps": (0, 2**32), "patience": (1, 2**32), "lr": (0, 1e3), "weight_decay": (0, 1e3),
-    "sample_images": (0, 2**20), "shortcut": (0, 1.001), "patch_dropout": (0, 1), "adam_beta2": (0, 1), "lr_decay": (0, 1.001),
+    "sample_images": (0, 2**20), "shortcut": (0, 1.001), "patch_dropout": (0, 1), "adam_beta2": (0, 1), "lr_decay": (0, 1.001), "last_layer_share": (0, 1.001),
 }  # fmt: skip
 
 
@@ -81,7 +81,7 @@ class DataSettings:
             if kind is int and type(value) is not int:
                 raise _out_of_range(name, "a whole number", value)
             if kind is float:  # NaN is in no interval
-                low, high = LIMITS.get("lr" if name.startswith("lr_") and name != "lr_decay" else name, (-1e9, 1e9))
+                low, high = LIMITS.get("lr" if name in ("lr_placeholder", "lr_alpha") else name, (-1e9, 1e9))
             elif kind is int:
                 low, high = LIMITS.get(name, (-(2**32), 2**32))
             else:
@@ -172,6 +172,9 @@ class DiffMaskSettings(RunSettings):
     normalize: bool = option(False, "LayerNorm, without weights, on the inputs of the gates")
     zero_start: bool = option(False, "start the last layer of every gate at zero")
     no_placeholder: bool = option(False, "replace dropped patches by zeros instead of a learned placeholder")
+    last_layer_share: float = option(
+        0.0, "share of the steps spent on the last gate, whose mask is the one that is shown"
+    )
     weighted_layer_distribution: bool = option(False, "draw layers that are already accurate and sparse less often")
 
     def config(self) -> dict:
@@ -455,8 +458,11 @@ class DiffMaskTrainer(Trainer):
         return self.lr_scheduler
 
     def draw_layer(self) -> int:
-        """The depth of this step: uniform, or by weight when settled layers are to be drawn less often."""
+        """The depth of this step: uniform, but for `last_layer_share`, and by weight when settled layers are to be drawn
+        less often."""
         count = self.model.config.num_gates
+        if self.chosen.last_layer_share and torch.rand(()) < self.chosen.last_layer_share:
+            return count - 1
         weight = torch.ones(count)
         if self.chosen.weighted_layer_distribution:
             accuracy, l0 = self.model.running.cpu()
