@@ -1,6 +1,7 @@
 """The files around the code agree with each other and with what they promise."""
 
 import importlib.util
+import json
 import re
 import subprocess
 import tomllib
@@ -9,6 +10,11 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+
+from vdm_utils.__main__ import parse
+from vdm_utils.diffmask import VisionDiffMask
+from vdm_utils.training import ClassifierSettings, DiffMaskSettings
+from vdm_utils.vit import fingerprint, load_classifier
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -79,3 +85,30 @@ def _ignored(path):
 def test_readme_links_exist():
     for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
         assert link.startswith("http") or (ROOT / link).exists(), link
+
+
+CHECKPOINTS = sorted(path.parent for path in (ROOT / "data" / "checkpoints").glob("*/*/card.json"))
+
+
+@pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda p: f"{p.parent.name}-{p.name}")
+def test_checkpoints_are_what_their_cards_say(folder):
+    card = json.loads((folder / "card.json").read_text())
+    assert card["command"] and card["data"] and card["validation"]
+    if folder.name == "base":
+        assert fingerprint(load_classifier(folder)) == card["fingerprint"]
+    else:
+        diffmask = VisionDiffMask.from_pretrained(folder)  # refuses another base
+        assert fingerprint(diffmask.base) == card["fingerprint of the base"]
+        assert diffmask.config.base_name_or_path.endswith("base")
+
+
+def test_checkpoints_are_small_and_complete():
+    assert sum(file.stat().st_size for folder in CHECKPOINTS for file in folder.iterdir()) < 12e6
+    spec = importlib.util.spec_from_file_location("checkpoints", ROOT / "tools" / "checkpoints.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert {path.parent.name for path in CHECKPOINTS} == set(tool.TASKS)  # each can be made again
+    for stages in [lines for parts in tool.TASKS.values() for lines in parts.values()]:
+        for job, *words in map(str.split, stages):
+            kind = ClassifierSettings if job == "train-base" else DiffMaskSettings
+            parse(kind, job, words)

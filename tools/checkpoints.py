@@ -38,6 +38,23 @@ TASKS = {
         ],
         "diffmask": ["train --recipe quick --dataset digits --max_steps 1500 --seed 0"],
     },
+    "shapes": {
+        "base": [
+            "train-base --dataset shapes --size tiny --mimetic_start --bf16 --lr 1e-3 --lr_schedule cosine --warmup_steps 200 "
+            "--weight_decay 0.05 --batch_size 128 --num_epochs 12 --patience 100 --num_workers 0 --seed 7",
+            "train-base --dataset shapes --lr 8e-4 --lr_schedule linear --warmup_steps 50 --weight_decay 0.05 --batch_size 128 "
+            "--add_flip --add_shift --num_epochs 6 --patience 100 --num_workers 0 --seed 8",
+        ],
+        "diffmask": ["train --recipe pictures --dataset shapes --max_steps 6000 --seed 0"],
+    },
+    "digits-count": {
+        "base": [
+            "train-base --dataset digits_QA --size tiny --mimetic_start --bf16 --lr 1e-3 --lr_schedule cosine --warmup_steps 200 "
+            "--weight_decay 0.05 --batch_size 128 --add_shift --add_rotation --augment_cells --num_epochs 10 --patience 100 "
+            "--num_workers 0 --seed 0"
+        ],
+        "diffmask": ["train --recipe quick --dataset digits_QA --max_steps 1500 --seed 0"],
+    },
     "cifar10": {
         "base": [
             f"train-base --dataset CIFAR10 {PICTURES} --size small --mimetic_start --lr 1e-3 --warmup_steps 500 "
@@ -46,7 +63,7 @@ TASKS = {
             "--patch_dropout 0.5 --num_epochs 16 --seed 8",
             f"train-base --dataset CIFAR10 {PICTURES} --lr 2e-4 --lr_schedule linear --warmup_steps 20 --num_epochs 2 --seed 9",
         ],
-        "diffmask": ["train --recipe quick --dataset CIFAR10 --max_steps 1500 --seed 0"],
+        "diffmask": ["train --recipe pictures --dataset CIFAR10 --max_steps 2500 --seed 0"],
     },
 }
 KEPT = ("config.json", "model.safetensors")
