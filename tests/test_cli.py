@@ -161,6 +161,13 @@ def test_a_base_can_be_fine_tuned_at_another_size(capsys, base_run, tmp_path):
     assert torch.equal(larger.vit.layers[0].attention.q_proj.weight, before.layers[0].attention.q_proj.weight)
 
 
+def test_a_convnext_is_fine_tuned_at_any_size(capsys, tmp_path):
+    words = ["train-base", "--base_model", "ConvNeXt", *TINY]
+    assert run(capsys, *words, "--output_dir", tmp_path / "small")[0] == 0
+    words += ["--image_size", 24, "--from_pretrained", tmp_path / "small", "--output_dir", tmp_path / "larger"]
+    assert run(capsys, *words)[0] == 0
+
+
 def test_a_base_can_be_trained_in_half_precision(capsys, tmp_path, monkeypatch):
     kinds = []
     forward = torch.nn.functional.linear

@@ -107,7 +107,8 @@ def test_checkpoints_are_small_and_complete():
     spec = importlib.util.spec_from_file_location("checkpoints", ROOT / "tools" / "checkpoints.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    assert {path.parent.name for path in CHECKPOINTS} == set(tool.TASKS)  # each can be made again
+    made = {(task, part) for task, parts in tool.TASKS.items() for part in parts}
+    assert {(path.parent.name, path.name) for path in CHECKPOINTS} == made  # each can be made again
     for stages in [lines for parts in tool.TASKS.values() for lines in parts.values()]:
         for job, *words in map(str.split, stages):
             kind = ClassifierSettings if job == "train-base" else DiffMaskSettings

@@ -53,7 +53,6 @@ TASKS = {
             "--weight_decay 0.05 --batch_size 128 --add_shift --add_rotation --augment_cells --num_epochs 10 --patience 100 "
             "--num_workers 0 --seed 0"
         ],
-        "diffmask": ["train --recipe quick --dataset digits_QA --max_steps 1500 --seed 0"],
     },
     "cifar10": {
         "base": [
@@ -87,6 +86,7 @@ def main() -> None:
     for task in wanted.tasks:
         for part, stages in TASKS[task].items():
             target, source = CHECKPOINTS / task / part, CHECKPOINTS / task / "base" if part == "diffmask" else None
+            from_base = f" --from_pretrained data/checkpoints/{task}/base" if source else ""
             start = time.perf_counter()
             for number, words in enumerate(stages):
                 folder = wanted.runs / task / f"{part}-{number}"
@@ -98,7 +98,7 @@ def main() -> None:
             ship(folder, target)
             metrics = json.loads(done.stdout)
             card = {
-                "command": [f"python -m vdm_utils {words}" for words in stages],
+                "command": [f"python -m vdm_utils {words}" + from_base for words in stages],
                 "data": stages[0].split("--dataset ")[1].split()[0],
                 "seconds": round(time.perf_counter() - start),
                 "CPU threads": torch.get_num_threads(),

@@ -152,7 +152,8 @@ def new_classifier(chosen: ClassifierSettings, data: Pictures):
     """The base that `train-base` starts from: a checkpoint, or random weights."""
     if chosen.from_pretrained:
         model = load_classifier(chosen.from_pretrained, num_labels=data.num_labels)
-        if chosen.image_size is not None and as_pair(getattr(model.config, "image_size", 0)) != data.image_size:
+        own_size = None if hasattr(model.config, "depths") else as_pair(getattr(model.config, "image_size", 0))
+        if chosen.image_size is not None and own_size not in (None, data.image_size):  # a ConvNeXt takes any size
             model = with_image_size(model, data.image_size)
         check_fit(model, data, "train-base", classes=False)
         model.config.id2label = dict(data.id2label)
@@ -239,7 +240,7 @@ def explain(words: list[str]) -> dict:
         check_fit(diffmask.base, data, "explain")
         names = [f"{data.name}/{data.split}/{i}" for i in range(min(max(1, chosen.sample_images), len(data)))]
         batch = data.batch(range(len(names)))
-    shown = diffmask.explain(batch["pixel_values"], chosen.layer)
+    shown = diffmask.explain(batch["pixel_values"], chosen.layer)  # on the device of a model that was just loaded
     after = shown.masked_logits.argmax(-1).tolist()
     facts = [
         {"picture": name, "class": id2label[c], "class_of_masked": id2label[a], "kept": round(k, 4), "kl": round(d, 4)}
@@ -248,7 +249,7 @@ def explain(words: list[str]) -> dict:
         )
     ]
     start_run(chosen, folder)
-    (folder / "explanations.png").write_bytes(to_png(explained_beside_others(diffmask, batch, id2label, chosen.layer)))
+    (folder / "explanations.png").write_bytes(to_png(explained_beside_others(diffmask, batch, shown, id2label)))
     save_file({"mask": shown.mask, "scores": shown.scores.contiguous()}, folder / "masks.safetensors")
     (folder / "explanations.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     return {"output_dir": str(folder), "pictures": len(facts), "kept": shown.kept.mean().item(), "kl": shown.kl.mean().item(),

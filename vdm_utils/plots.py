@@ -50,11 +50,14 @@ def show_mask(axes, mask: torch.Tensor, title: str = ""):
 
 
 def picture_grid(
-    rows: dict[str, Sequence[torch.Tensor]], titles: dict[str, Sequence[str]] | None = None, limit: int = 8
+    rows: dict[str, Sequence[torch.Tensor]],
+    titles: dict[str, Sequence[str]] | None = None,
+    limit: int = 8,
+    label: str = "0 dropped, 1 kept",
 ) -> Figure:
     """A grid of panels, one row per name; a tensor [C, H, W] is drawn as a picture, [rows, cols] as a mask.
 
-    `titles` gives the panels of a row their titles. Masks share one colour bar.
+    `titles` gives the panels of a row their titles. Masks share one colour bar, which `label` names.
     """
     titles = titles or {}
     columns = min(limit, max(len(panels) for panels in rows.values()))
@@ -74,7 +77,7 @@ def picture_grid(
         line[0].set_ylabel(name, fontsize=9)
     if bar is not None:
         side = figure.colorbar(bar, ax=axes, shrink=0.7, ticks=[0, 0.5, 1])
-        side.set_label("P(z ≠ 0)" if len(rows) < 3 else "P(z ≠ 0): 0 dropped, 1 kept", fontsize=8)
+        side.set_label(label, fontsize=8)
     return figure
 
 
@@ -102,7 +105,8 @@ def explanation_grid(
         rows[name] = (scores - low) / (high - low).clamp(min=1e-12)
     if truth is not None:
         rows["truth"] = truth
-    return picture_grid(rows, titles)
+    label = "P(z ≠ 0): 0 dropped, 1 kept" + ("; other methods: scaled to 0…1" if others else "")
+    return picture_grid(rows, titles, label=label)
 
 
 def to_png(figure: Figure, dpi: int = 100) -> bytes:
@@ -114,13 +118,13 @@ def to_png(figure: Figure, dpi: int = 100) -> bytes:
 
 
 def explained_beside_others(
-    diffmask: VisionDiffMask, batch: dict[str, torch.Tensor], id2label: dict[int, str], layer: int | None = None
+    diffmask: VisionDiffMask, batch: dict[str, torch.Tensor], shown: Explanation, id2label: dict[int, str]
 ) -> Figure:
     """`explanation_grid` of a batch, with Grad-CAM and attention rollout of the same pictures underneath."""
     pictures = batch["pixel_values"].to(diffmask.device)
     others = {"Grad-CAM": grad_cam, "rollout": attention_rollout}
     scores = {name: method(diffmask.base, pictures) for name, method in others.items()}
-    return explanation_grid(pictures, diffmask.explain(pictures, layer), id2label, batch.get("truth"), scores)
+    return explanation_grid(pictures, shown, id2label, batch.get("truth"), scores)
 
 
 def send_to_trackers(trackers: Sequence[str], file: Path, step: int) -> None:
@@ -144,5 +148,6 @@ class SampleImages(TrainerCallback):
 
     def on_evaluate(self, args, state, control, model: VisionDiffMask, **kwargs):
         file = Path(args.output_dir, f"samples-{state.global_step}.png")
-        file.write_bytes(to_png(explained_beside_others(model, self.batch, self.data.id2label)))
+        shown = model.explain(self.batch["pixel_values"].to(model.device))
+        file.write_bytes(to_png(explained_beside_others(model, self.batch, shown, self.data.id2label)))
         send_to_trackers(args.report_to, file, state.global_step)

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint
 
-from vdm_utils.data import DATASETS, SPLITS, Pictures
+from vdm_utils.data import AUGMENTATIONS, DATASETS, SPLITS, Pictures
 from vdm_utils.diffmask import DiffMaskOutput, VisionDiffMask, VisionDiffMaskConfig, check_numbers
 from vdm_utils.errors import VDMError, unknown_name
 
@@ -112,7 +112,7 @@ class RunSettings(DataSettings):
 
     def augmentations(self) -> tuple[str, ...]:
         """The chosen names from `data.AUGMENTATIONS`."""
-        return tuple(n for n in ("flip", "shift", "rotation", "blur", "noise") if getattr(self, f"add_{n}"))
+        return tuple(name for name in AUGMENTATIONS if getattr(self, f"add_{name}"))
 
     def data_options(self) -> dict:
         """Keyword arguments for `load_data`."""
