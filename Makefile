@@ -5,7 +5,7 @@ NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
 # an order of magnitude above the slowest cell: a hanging kernel fails within minutes, not hours
 CELL_TIMEOUT := 600
 
-.PHONY: setup run lab test lint unit nbval checkpoints benchmarks clean
+.PHONY: setup run lab test lint unit nbval planted checkpoints benchmarks clean
 
 setup: .venv/installed
 
@@ -31,6 +31,9 @@ unit: setup
 
 nbval: setup  ## execute every notebook and compare its outputs with the committed ones
 	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=$(CELL_TIMEOUT) $(NOTEBOOKS)
+
+planted: setup  ## plant every fault of tests/planted/faults.toml in a copy; each has to turn its tests red
+	$(BIN)/python tests/planted/run.py
 
 checkpoints: setup  ## train again what ships in data/checkpoints, and draw the README picture
 	$(BIN)/python tools/checkpoints.py

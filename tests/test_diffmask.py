@@ -12,6 +12,7 @@ from torch.nn.functional import kl_div
 
 from vdm_utils.diffmask import VisionDiffMask, VisionDiffMaskConfig
 from vdm_utils.errors import VDMError
+from vdm_utils.gates import HardConcrete
 from vdm_utils.vit import build_classifier, fingerprint
 
 FIELDS = ("mask", "masks_per_layer", "scores", "kept", "logits", "masked_logits", "kl")
@@ -139,6 +140,25 @@ def test_the_drawn_mask_multiplies_the_votes_up_to_the_layer(diffmask, pictures,
     assert (draws.view(8, 3, 3) - closed.mask).abs().mean() < 0.05  # P(z ≠ 0) of the draws is the mask
     same = diffmask.masked_logits(pictures, diffmask.view.encode(pictures), used[0]).argmax(-1)
     assert torch.equal(output.unchanged, (same == closed.logits.argmax(-1)).float())
+
+
+def test_a_block_of_patches_shares_one_vote_and_one_draw(diffmask, pictures, monkeypatch):
+    """A 3×3 grid in squares of 2×2: one of four patches, two of two, and one of one."""
+    used, original = [], diffmask.masked_logits
+    monkeypatch.setattr(diffmask, "masked_logits", lambda *inputs: used.append(inputs[2]) or original(*inputs))
+    torch.manual_seed(0)
+    outputs = [diffmask(pictures, layer=3, block=2) for _ in range(300)]
+    drawn = torch.stack(used).view(300, 8, 3, 3)
+    squares = [drawn[..., :2, :2], drawn[..., :2, 2:], drawn[..., 2:, :2], drawn[..., 2:, 2:]]
+    assert all((square == square[..., :1, :1]).all() for square in squares)
+    log_alpha = diffmask.votes(diffmask.view.encode(pictures), 3).log_alpha.view(8, 4, 3, 3)
+    means = [log_alpha[..., r, c].mean((2, 3)) for r in (slice(0, 2), slice(2, 3)) for c in (slice(0, 2), slice(2, 3))]
+    closed = torch.stack([HardConcrete(mean).log_prob_nonzero.sum(1).exp() for mean in means], 1)  # [B, squares]
+    realised = torch.stack([(square[..., 0, 0] > 0).float().mean(0) for square in squares], 1)
+    assert (realised - closed).abs().mean() < 0.04
+    assert torch.allclose(outputs[0].l0, closed.mean(1), atol=1e-5)
+    outputs[0].loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in diffmask.gates[3].parameters())
 
 
 def test_without_a_placeholder_patches_become_zero(base, pictures):

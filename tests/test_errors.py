@@ -237,6 +237,8 @@ def test_classifiers_that_cannot_be_built(options, expected):
         (ClassifierSettings, {"batch_size": 2.5}),
         (ClassifierSettings, {"num_workers": -1}),
         (ClassifierSettings, {"patch_dropout": 2.0}),
+        (ClassifierSettings, {"patch_masking": -0.1}),
+        (DiffMaskSettings, {"block_share": 1.5}),
         (ClassifierSettings, {"weight_decay": -1.0}),
         (ClassifierSettings, {"warmup_steps": -1}),
         (ClassifierSettings, {"optimizer": "SGD"}),

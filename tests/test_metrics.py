@@ -7,10 +7,48 @@ import pytest
 import torch
 from conftest import randomize
 from scipy.spatial.distance import jensenshannon
+from transformers import (
+    BeitConfig,
+    BeitForImageClassification,
+    DeiTConfig,
+    DeiTForImageClassification,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersForImageClassification,
+    SiglipConfig,
+    SiglipForImageClassification,
+)
 
-from vdm_utils.metrics import deletion_curves, jensen_shannon, mass_accuracy, patch_iou, smallest_masks, truth_report
+from vdm_utils.errors import VDMError
+from vdm_utils.metrics import (
+    FILLS,
+    deletion_curves,
+    insertion_curves,
+    iou_at_k,
+    jensen_shannon,
+    logits_without,
+    mass_accuracy,
+    patch_iou,
+    pointing_game,
+    smallest_masks,
+    top_patches,
+    truth_report,
+)
 from vdm_utils.objective import kl_divergence
 from vdm_utils.vit import build_classifier
+
+SQUARE = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=12, patch_size=4,
+              num_labels=5)  # fmt: skip
+ARCHITECTURES = {
+    "DeiT": lambda: DeiTForImageClassification(DeiTConfig(**SQUARE)),
+    "DINOv2": lambda: Dinov2ForImageClassification(Dinov2Config(**SQUARE)),
+    "DINOv2 with registers": lambda: Dinov2WithRegistersForImageClassification(
+        Dinov2WithRegistersConfig(**SQUARE, num_register_tokens=3)
+    ),
+    "BEiT without bias": lambda: BeitForImageClassification(BeitConfig(**SQUARE)),
+    "SigLIP": lambda: SiglipForImageClassification(SiglipConfig(vision_config=SQUARE, num_labels=5)),
+}
 
 
 class OnePatch(torch.nn.Module):
@@ -52,7 +90,7 @@ def test_deletion_takes_patches_one_after_the_other():
     seen = []
     model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     pictures, scores = torch.full((2, 3, 8, 16), 2.0), torch.rand(2, 2, 4)  # brighter than any noise
-    deletion_curves(model, pictures, scores, important_first=True, points=7)
+    deletion_curves(model, pictures, scores, important_first=True, points=7, batch_size=2)
     assert model.training and len(seen) == 8 and torch.equal(seen[0], pictures)
     for image in range(2):
         order = scores[image].flatten().argsort(descending=True).tolist()
@@ -61,6 +99,138 @@ def test_deletion_takes_patches_one_after_the_other():
             assert torch.equal(gone.all(-1), gone.any(-1))
             assert set(gone.all(-1).flatten().nonzero()[:, 0].tolist()) == set(order[:step])
     assert seen[-1].min() >= -1
+
+
+def without_by_hand(diffmask, picture, gone, fill, noise):
+    """Logits of one picture [3, 12, 12] without the patches in the list `gone`, by a ViT taken apart."""
+    vit, embeddings = diffmask.base.vit, diffmask.base.vit.embeddings
+    canvas = {"noise": noise, "mean colour": torch.zeros_like(picture)}.get(fill, picture)
+    changed = picture.clone()
+    for patch in gone:
+        row, col = 4 * (patch // 3), 4 * (patch % 3)
+        changed[:, row : row + 4, col : col + 4] = canvas[:, row : row + 4, col : col + 4]
+    patches = embeddings.patch_embeddings(changed[None])[0]
+    if fill == "placeholder":
+        patches = torch.stack([diffmask.placeholder if n in gone else patches[n] for n in range(9)])
+    tokens = torch.cat([embeddings.cls_token[0], patches]) + embeddings.position_embeddings[0]
+    if fill == "token removal":
+        tokens = torch.stack([tokens[0], *(tokens[1 + n] for n in range(9) if n not in gone)])
+    for layer in vit.layers:
+        tokens = layer(tokens[None])[0]
+    return diffmask.base.classifier(vit.layernorm(tokens[None])[:, 0])[0]
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@torch.no_grad()
+def test_curves_are_those_of_a_plain_loop(diffmask, pictures, fill):
+    scores = torch.rand(8, 3, 3)
+    noise = torch.rand(pictures.shape, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    curves = deletion_curves(diffmask, pictures, scores, True, points=4, seed=5, fill=fill, batch_size=7)
+    for image in range(8):
+        whole = diffmask.base(pictures[image][None]).logits[0]
+        order = sorted(range(9), key=lambda n: -scores[image].flatten()[n])
+        for point, count in enumerate([2, 4, 5, 7]):  # 9/5, 18/5, 27/5 and 36/5
+            logits = without_by_hand(diffmask, pictures[image], order[:count], fill, noise[image])
+            assert curves[0][image, point].item() == pytest.approx(logits.softmax(-1)[whole.argmax()].item(), abs=1e-4)
+            assert curves[1][image, point].item() == pytest.approx(kl_divergence(whole, logits).item(), abs=1e-3)
+    assert curves[1].std() > 0.01
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_nothing_gone_is_the_whole_picture(diffmask, base, pictures, fill):
+    nothing = torch.zeros(8, 2, 9, dtype=torch.bool)
+    logits = logits_without(diffmask, pictures, nothing, fill)
+    assert logits.shape == (8, 2, 10)
+    assert torch.allclose(logits, base(pictures).logits[:, None].expand(-1, 2, -1), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_removed_token_is_not_seen(name):
+    """What stands in a removed patch makes no difference; what stands in the others does; no trace is left."""
+    model = randomize(ARCHITECTURES[name](), std=0.2).train()
+    pictures, gone = torch.randn(2, 3, 12, 12), torch.zeros(2, 3, 9, dtype=torch.bool)
+    gone[:, 0, 0] = gone[0, 1, [4, 5]] = gone[1, 1, 4] = True  # sets of different sizes, and an empty one
+    logits = logits_without(model, pictures, gone, "token removal")
+    inside, outside = pictures.clone(), pictures.clone()
+    inside[:, :, :4, :4] += 1  # patch 0
+    outside[:, :, :4, 4:8] += 1  # patch 1
+    again, other = (logits_without(model, changed, gone, "token removal") for changed in (inside, outside))
+    assert torch.allclose(again[:, 0], logits[:, 0], atol=1e-5) and not torch.allclose(
+        again[:, 1], logits[:, 1], atol=1e-3
+    )
+    assert not torch.allclose(other, logits, atol=1e-3) and not torch.allclose(logits[:, 0], logits[:, 2], atol=1e-3)
+    assert torch.allclose(logits[:, 2], model.eval()(pictures).logits, atol=1e-5)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("bias", ["use_relative_position_bias", "use_shared_relative_position_bias"])
+def test_tokens_stay_where_layers_look_positions_up(bias):
+    model = BeitForImageClassification(BeitConfig(**SQUARE, **{bias: True}))
+    with pytest.raises(VDMError, match="cannot be left out[^?]*positions inside the layers"):
+        logits_without(model, torch.randn(1, 3, 12, 12), torch.ones(1, 1, 9, dtype=torch.bool), "token removal")
+
+
+def test_a_mean_over_no_patch_is_refused(base, pictures):
+    everything = torch.ones(8, 1, 9, dtype=torch.bool)
+    assert logits_without(base, pictures, everything, "token removal").isfinite().all()  # [CLS] is left
+    model = randomize(ARCHITECTURES["SigLIP"]())
+    with pytest.raises(VDMError, match="says nothing without patches"):
+        logits_without(model, pictures, everything, "token removal")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"fill": "noisy"}, "did you mean 'noise'"),
+        ({"fill": "placeholder"}, "there is no placeholder"),
+        ({"scores": torch.rand(8, 4, 4)}, "one entry per patch"),
+        ({"scores": torch.full((8, 3, 3), math.nan)}, "no ranking"),
+        ({"scores": torch.rand(8, 9)}, "no ranking"),
+    ],
+)
+def test_what_cannot_be_taken_away_is_refused(base, pictures, change, message):
+    with pytest.raises(VDMError, match=message):
+        deletion_curves(base, pictures, **{"scores": torch.rand(8, 3, 3), "important_first": True, **change})
+
+
+def test_insertion_puts_the_most_important_patch_back_first(bright):
+    model, pictures = bright
+    scores, sure = torch.rand(4, 3, 3), torch.sigmoid(torch.tensor(8 * 0.9))
+    scores[:, 1, 1] = 2
+    right, kl = insertion_curves(model, pictures, scores, points=8)
+    wrong, _ = insertion_curves(model, pictures, -scores, points=8)
+    assert torch.allclose(right, sure.expand(4, 8)) and kl.max() < 1e-5
+    assert (wrong < sure - 0.05).all()
+    scores[:, 1, 1], scores[:, 0, 0] = 2, 3  # second
+    second, _ = insertion_curves(model, pictures, scores, points=8)
+    assert torch.equal(second[:, 1:], right[:, 1:]) and (second[:, 0] < sure - 0.05).all()
+
+
+def test_top_patches_by_hand():
+    scores = torch.tensor([[[0.1, 0.4], [0.3, 0.2]], [[-1.0, -2.0], [-3.0, -4.0]]])
+    first = [[[0, 0], [0, 0]], [[0, 1], [0, 0]], [[0, 1], [1, 1]]]
+    assert top_patches(scores, torch.tensor([0, 1, 3]))[0].int().tolist() == first
+    own = top_patches(scores, torch.tensor([[1], [2]]))
+    assert own[:, 0].int().tolist() == [[[0, 1], [0, 0]], [[1, 1], [0, 0]]]
+
+
+def test_iou_at_k_by_hand():
+    scores = torch.tensor([[[0.9, 0.8], [0.7, 0.1]]]).expand(4, -1, -1)
+    truth = torch.tensor([[[1.0, 1], [0, 0]], [[1, 0], [0, 1]], [[0, 0], [0, 1]], [[0, 0], [0, 0]]])
+    iou = iou_at_k(scores, truth)
+    assert iou[:3].tolist() == pytest.approx([1, 1 / 3, 0]) and iou[3].isnan()
+    assert torch.equal(iou_at_k(10 * scores - 99, truth)[:3], iou[:3])  # ranks alone count
+
+
+def test_pointing_game_by_hand():
+    case = torch.zeros(4, 2, 2)
+    case[:, 1, 0] = 1
+    objects = torch.zeros(4, 4, 4)
+    objects[0, 3, 1] = 1  # one pixel of the patch below left
+    objects[1, :2] = 1  # the upper half
+    objects[2, :, :2] = 1  # the left half
+    hits = pointing_game(case, objects)
+    assert hits[:3].tolist() == [1, 0, 1] and hits[3].isnan()
 
 
 def test_mass_accuracy_by_hand():

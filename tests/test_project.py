@@ -31,8 +31,9 @@ def test_environment_installs_this_project():
 
 
 def test_modules_import_only_what_stands_before_them():
-    order = ["errors", "pictures", "shapes", "sources", "data", "vit", "gates", "objective", "diffmask", "attributions",
-             "metrics", "training", "plots", "explorers", "notebook", "__main__"]  # fmt: skip
+    order = ["errors", "pictures", "shapes", "sources", "data", "vit", "gates", "objective", "diffmask", "pixel_attributions",
+             "attributions", "metrics", "faithfulness", "sanity", "training", "plots", "explorers", "gallery", "notebook",
+             "__main__"]  # fmt: skip
     modules = {path.stem for path in (ROOT / "vdm_utils").glob("*.py")} - {"__init__"}
     assert modules == set(order)
     for name in modules:

@@ -24,6 +24,7 @@ from vdm_utils.training import (
     dropped_patches,
     evaluate_classifier,
     evaluate_diffmask,
+    masked_patches,
     settings,
     train_classifier,
     train_diffmask,
@@ -186,6 +187,13 @@ def test_steps_can_be_spent_on_the_last_gate(base, tmp_path):
     assert torch.allclose(share, torch.tensor([0.1] * 5 + [0.5]), atol=0.02)
 
 
+def test_squares_of_patches_share_a_gate_in_the_first_steps(base, toy, tmp_path, monkeypatch):
+    seen, forward = [], VisionDiffMask.forward
+    monkeypatch.setattr(VisionDiffMask, "forward", lambda *a, **k: seen.append(k["block"]) or forward(*a, **k))
+    run_diffmask(base, toy, tmp_path, max_steps=10, log_every_n_steps=50, block_share=0.4)
+    assert seen == [2] * 4 + [1] * 6
+
+
 def test_running_averages_follow_the_layer_that_was_drawn(base, toy, tmp_path, monkeypatch):
     diffmask = VisionDiffMask.for_classifier(base, add_activation=0.0, mul_activation=3.0)
     assert diffmask.running.tolist() == [[0.0] * 6, [1.0] * 6]  # nothing is settled before it was seen
@@ -333,10 +341,31 @@ def test_dropped_patches_are_left_out_while_training(base, pictures, fraction, k
     assert len({tuple(row.nonzero()[:, 1].tolist()) for row in sources}) > 1  # others in every picture
 
 
-def test_a_run_with_patch_dropout_leaves_no_hook(toy, tmp_path):
-    model, _ = run_classifier(toy, tmp_path, patch_dropout=0.5)
+def test_masked_patches_are_blank_while_training(base, pictures):
+    model, seen = copy.deepcopy(base), []
+    projection = model.vit.embeddings.patch_embeddings
+    whole = projection(pictures)
+    with pytest.raises(ZeroDivisionError), masked_patches(model, 0.8):
+        # registered last, so that it sees what the model gets
+        handle = projection.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+        model.train()(pictures.repeat(200, 1, 1, 1)), model.eval()(pictures)
+        raise ZeroDivisionError
+    model.train()(pictures)
+    handle.remove()
+    many, *others = seen
+    assert all(torch.equal(one, whole) for one in others)  # evaluation is whole, so is what follows
+    blank = (many == 0).all(-1)  # [1600, N]
+    assert torch.equal(many[~blank], whole.repeat(200, 1, 1)[~blank])
+    share = blank.float().mean(1)  # uniform on 0..0.8 per picture, then 9 draws
+    assert abs(share.mean() - 0.4) < 0.02 and share.var() > 0.8**2 / 12
+    assert len(blank[:, :].unique(dim=0)) > 100
+
+
+@pytest.mark.parametrize("option", ["patch_dropout", "patch_masking"])
+def test_a_run_with_missing_patches_leaves_no_hook(toy, tmp_path, option):
+    model, _ = run_classifier(toy, tmp_path, **{option: 0.5})
     assert not any(module._forward_hooks for module in model.modules())
-    with dropped_patches(model, 0.0):
+    with dropped_patches(model, 0.0), masked_patches(model, 0.0):
         assert not any(module._forward_hooks for module in model.modules())
 
 

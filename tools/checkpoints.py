@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vdm_utils.notebook import CHECKPOINTS
-from vdm_utils.vit import fingerprint, load_classifier
+from vdm_utils.vit import fingerprint, load_classifier, write_checksums
 
 PICTURES = "--batch_size 128 --weight_decay 0.05 --num_workers 0 --bf16 --patience 100 --add_flip --add_shift"
 # part: arguments of `python -m vdm_utils`, stage after stage; a later stage of a base goes on from the one before. The run
@@ -30,6 +30,8 @@ TASKS = {
     "toy": {
         "base": ["train-base --recipe quick --dataset toy --max_steps 600 --log_every_n_steps 200 --seed 0"],
         "diffmask": ["train --recipe quick --dataset toy --seed 0"],
+        # for the stability check of notebook 07
+        **{f"diffmask-seed-{n}": [f"train --recipe quick --dataset toy --seed {n}"] for n in (1, 2, 3, 4)},
     },
     "digits": {
         "base": [
@@ -46,12 +48,22 @@ TASKS = {
             "--add_flip --add_shift --num_epochs 6 --patience 100 --num_workers 0 --seed 8",
         ],
         "diffmask": ["train --recipe pictures --dataset shapes --max_steps 6000 --seed 0"],
+        # the dial of notebook 05
+        "diffmask-eps-0.03": ["train --recipe pictures --dataset shapes --eps 0.03 --max_steps 4000 --seed 0"],
+        "diffmask-eps-0.3": ["train --recipe pictures --dataset shapes --eps 0.3 --max_steps 4000 --seed 0"],
     },
     "digits-count": {
         "base": [
             "train-base --dataset digits_QA --size tiny --mimetic_start --bf16 --lr 1e-3 --lr_schedule cosine --warmup_steps 200 "
             "--weight_decay 0.05 --batch_size 128 --add_shift --add_rotation --augment_cells --num_epochs 10 --patience 100 "
             "--num_workers 0 --seed 0"
+        ],
+        "diffmask": [
+            "train --recipe pictures --dataset digits_QA --lr 1e-3 --block_share 0.6 --max_steps 2000 --seed 0"
+        ],
+        # the other solution (notebook 06): it keeps the cells that are not counted
+        "diffmask-complement": [
+            "train --recipe pictures --dataset digits_QA --block_share 0.6 --max_steps 2000 --seed 12"
         ],
     },
     "cifar10": {
@@ -69,23 +81,30 @@ KEPT = ("config.json", "model.safetensors")
 
 
 def ship(folder: Path, target: Path) -> None:
-    """Copy what is needed to load a model; weights above 1 MB in half precision (they are loaded in single)."""
+    """Copy what is needed to load a model, with checksums; weights above 1 MB in half precision (they are loaded in single)."""
     target.mkdir(parents=True, exist_ok=True)
     for name in KEPT:
         shutil.copy(folder / name, target / name)
     weights = target / "model.safetensors"
     if weights.stat().st_size > 1e6:
         save_file({k: v.half() for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    config = json.loads((target / "config.json").read_text())
+    if "base_name_or_path" in config:  # the base stands beside it wherever the two folders go
+        config["base_name_or_path"] = "../base"
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_checksums(target)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", default=list(TASKS), help=f"from {list(TASKS)}")
+    parser.add_argument("tasks", nargs="*", default=list(TASKS), help=f"from {list(TASKS)}, or one part: toy/base")
     parser.add_argument("--runs", type=Path, default=Path("runs/checkpoints"))
     wanted = parser.parse_args()
-    for task in wanted.tasks:
+    for task, _, only in (name.partition("/") for name in wanted.tasks):
         for part, stages in TASKS[task].items():
-            target, source = CHECKPOINTS / task / part, CHECKPOINTS / task / "base" if part == "diffmask" else None
+            if only not in ("", part):
+                continue
+            target, source = CHECKPOINTS / task / part, CHECKPOINTS / task / "base" if part != "base" else None
             from_base = f" --from_pretrained data/checkpoints/{task}/base" if source else ""
             start = time.perf_counter()
             for number, words in enumerate(stages):
@@ -106,11 +125,8 @@ def main() -> None:
             }  # fmt: skip
             if part == "base":
                 card["fingerprint"] = fingerprint(load_classifier(str(target)))
-            else:  # the base stands beside it wherever the two folders go
-                config = json.loads((target / "config.json").read_text())
-                config["base_name_or_path"] = "../base"
-                (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-                card["fingerprint of the base"] = config["base_fingerprint"]
+            else:
+                card["fingerprint of the base"] = json.loads((target / "config.json").read_text())["base_fingerprint"]
             (target / "card.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
             print(task, part, json.dumps(card["validation"]))
 

@@ -28,7 +28,15 @@ from vdm_utils.training import (
     train_classifier,
     train_diffmask,
 )
-from vdm_utils.vit import as_pair, build_classifier, load_classifier, mimetic_start, with_image_size
+from vdm_utils.vit import (
+    as_pair,
+    build_classifier,
+    load_classifier,
+    mimetic_start,
+    save_classifier,
+    with_image_size,
+    write_checksums,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +65,12 @@ class Parser(HfArgumentParser):
     """Mistakes on the command line become a `VDMError` like all others, without a page of usage."""
 
     def error(self, message: str):
-        raise VDMError(message, where=self.prog, fix="see --help")
+        raise VDMError("the command line cannot be understood", where=self.prog, expected="options as --help lists them", got=message,
+                       fix="see --help")  # fmt: skip
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise unknown_name(action.option_strings[0], value, action.choices, self.prog)
 
 
 # option: (does it do anything?, what it needs)
@@ -105,6 +118,9 @@ def output_folder(chosen: DataSettings, job: str, resume: str | None = None) -> 
     if folder.exists() and not folder.is_dir():
         raise VDMError("the output folder is a file", where=job, expected="a new or empty folder", got=folder,
                        fix="name another --output_dir")  # fmt: skip
+    if resume not in (None, "last") and not Path(resume, "trainer_state.json").is_file():
+        raise VDMError("nothing to resume", where=job, expected="a checkpoint-N folder of an earlier run", got=resume,
+                       fix="name one, or leave it out to start anew")  # fmt: skip
     if any((folder / name).exists() for name in ("config.json", "explanations.json")) and resume is None:
         raise VDMError("the output folder already holds a run", where=job, expected="an empty or new folder", got=folder,
                        fix="name another --output_dir, resume it, or remove it")  # fmt: skip
@@ -113,15 +129,24 @@ def output_folder(chosen: DataSettings, job: str, resume: str | None = None) -> 
 
 def start_run(chosen: DataSettings, folder: Path) -> Path:
     """Make the run's folder and write its settings there at once, so that a run that is killed can be told apart."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "settings.json").write_text(json.dumps(vars(chosen), indent=2) + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.json").write_text(json.dumps(vars(chosen), indent=2) + "\n")
+    except OSError as error:
+        raise VDMError("the output folder cannot be written", where="--output_dir", expected="a folder of yours", got=error,
+                       fix="name another --output_dir") from error  # fmt: skip
     return folder
+
+
+def data_options(chosen: DataSettings, image_size: int | None) -> dict:
+    """Keyword arguments for `load_data`, with the model's `image_size` where none was asked for."""
+    options = chosen.data_options()
+    return options if options["image_size"] is not None else options | {"image_size": image_size}
 
 
 def datasets(chosen: RunSettings, image_size: int | None = None) -> tuple[Pictures, Pictures]:
     """The training and validation split of a run."""
-    options = chosen.data_options()
-    options["image_size"] = options["image_size"] or image_size
+    options = data_options(chosen, image_size)
     return tuple(load_data(chosen.dataset, split, **options) for split in ("train", "validation"))
 
 
@@ -166,7 +191,7 @@ def new_classifier(chosen: ClassifierSettings, data: Pictures):
         {"ViT": "vit", "ConvNeXt": "convnext"}[chosen.base_model],
         chosen.size,
         data.image_size,
-        chosen.patch_size or data.patch_size,
+        data.patch_size if chosen.patch_size is None else chosen.patch_size,
         data.num_channels,
         id2label=data.id2label,
     )
@@ -184,6 +209,7 @@ def train_base(words: list[str]) -> dict:
     model = new_classifier(chosen, train)
     start_run(chosen, folder)
     metrics = train_classifier(model, train, validation, chosen, folder, chosen.checkpoint)
+    write_checksums(folder)
     return {"output_dir": str(folder)} | metrics
 
 
@@ -211,14 +237,14 @@ def eval_base(words: list[str]) -> dict:
     if source is None:
         raise VDMError("nothing to evaluate", where="eval-base", expected="--checkpoint or --from_pretrained", got="neither",
                        fix="name a folder or a Hub name")  # fmt: skip
+    folder = output_folder(chosen, "eval-base") if chosen.output_dir else None
     model = load_classifier(source)
     size = getattr(model.config, "image_size", None)
-    options = chosen.data_options() | {"image_size": chosen.image_size or (size if isinstance(size, int) else None)}
-    test = load_data(chosen.dataset, "test", **options)
+    test = load_data(chosen.dataset, "test", **data_options(chosen, size if isinstance(size, int) else None))
     check_fit(model, test, "eval-base")
     metrics = evaluate_classifier(model, test)
-    if chosen.output_dir:
-        model.save_pretrained(output_folder(chosen, "eval-base"))
+    if folder:
+        save_classifier(model, start_run(chosen, folder))
     return {"checkpoint": str(source), "dataset": chosen.dataset, "split": "test"} | metrics
 
 
@@ -235,8 +261,7 @@ def explain(words: list[str]) -> dict:
         batch = {"pixel_values": read_pictures(chosen.images, view.image_size, view.num_channels)}
         names = chosen.images
     else:
-        options = chosen.data_options() | {"image_size": chosen.image_size or view.image_size[0]}
-        data = load_data(chosen.dataset, chosen.split, **options)
+        data = load_data(chosen.dataset, chosen.split, **data_options(chosen, view.image_size[0]))
         check_fit(diffmask.base, data, "explain")
         names = [f"{data.name}/{data.split}/{i}" for i in range(min(max(1, chosen.sample_images), len(data)))]
         batch = data.batch(range(len(names)))
@@ -251,7 +276,8 @@ def explain(words: list[str]) -> dict:
     start_run(chosen, folder)
     (folder / "explanations.png").write_bytes(to_png(explained_beside_others(diffmask, batch, shown, id2label)))
     save_file({"mask": shown.mask, "scores": shown.scores.contiguous()}, folder / "masks.safetensors")
-    (folder / "explanations.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+    (folder / "explanations.json").write_text(text, encoding="utf-8", errors="backslashreplace")  # names of any bytes
     return {"output_dir": str(folder), "pictures": len(facts), "kept": shown.kept.mean().item(), "kl": shown.kl.mean().item(),
             "feasible": (shown.kl <= diffmask.config.eps).float().mean().item()}  # fmt: skip
 
@@ -263,6 +289,7 @@ def main(words: list[str] | None = None) -> int:
     """Run one job; 0 when it worked, 2 when the user can put something right."""
     words = sys.argv[1:] if words is None else words
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # what a user has to know is said by this package
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     try:
         if not words or words[0] in ("-h", "--help"):

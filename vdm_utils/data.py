@@ -8,13 +8,14 @@ explanation is known, `"truth": float [rows, cols]` with 1 on the cells that dec
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Real
 
 import numpy as np
 import torch
 
 from vdm_utils import sources
-from vdm_utils.errors import VDMError, unknown_name
+from vdm_utils.errors import VDMError, check_integer, unknown_name
 from vdm_utils.pictures import (
     AUGMENTATIONS,
     MOVES,
@@ -190,24 +191,30 @@ def load_data(
         raise unknown_name("dataset", name, DATASETS, where)
     if split not in SPLITS:
         raise unknown_name("split", split, SPLITS, where)
+    if isinstance(augment, str) or not isinstance(augment, Iterable):
+        raise VDMError("augment is not a list", where=where, expected="a list of names, such as ['flip', 'noise']",
+                       got=repr(augment), fix="put the names in a list")  # fmt: skip
     for one in augment:
         if one not in AUGMENTATIONS:
             raise unknown_name("augmentation", one, AUGMENTATIONS, where)
-    _check_integer("seed", seed, 0, 2**32 - 1, where)
+    check_integer("seed", seed, 0, 2**32 - 1, where)
     augment = tuple(augment) if split == "train" else ()
     length = (50_000 if split == "train" else 1_000) if length is None else length
-    _check_integer("length", length, 1, 10**9, where)
+    check_integer("length", length, 1, 10**9, where)
+    if not isinstance(data_dir, (str, os.PathLike, type(None))):
+        raise VDMError("data_dir is not a folder", where=where, expected="a path or None", got=repr(data_dir),
+                       fix="name a folder")  # fmt: skip
     source = name.removesuffix("_QA")
     counting = name == "toy" or name.endswith("_QA")
     if counting:
-        _check_integer("grid_size", grid_size, 2, 8, where)
+        check_integer("grid_size", grid_size, 2, 8, where)
     if image_size is not None:
-        _check_integer("image_size", image_size, grid_size if name == "toy" else 4, 4096, where)
-    if not 0 <= shortcut <= 1 or (shortcut and source != "shapes"):
+        check_integer("image_size", image_size, grid_size if name == "toy" else 4, 4096, where)
+    if not isinstance(shortcut, Real) or not 0 <= shortcut <= 1 or (shortcut and source != "shapes"):
         raise VDMError("shortcut does not fit", where=where, expected="a share from 0 to 1, for shapes", got=f"{shortcut} for {name}",
                        fix="leave shortcut out, or use shapes")  # fmt: skip
     if name == "toy":
-        _check_integer("class_idx", class_idx, 0, len(TOY_COLOURS) - 1, where)
+        check_integer("class_idx", class_idx, 0, len(TOY_COLOURS) - 1, where)
         return ToyGrids(split, length=length, grid_size=grid_size, class_idx=class_idx,
                         image_size=image_size or 16 * grid_size, seed=seed, augment=augment)  # fmt: skip
     if source == "shapes":
@@ -225,7 +232,7 @@ def load_data(
         pictures = read(split, data_dir, side=-(-side // grid_size) if counting else side, seed=seed,
                         skip_unreadable=skip_unreadable)  # fmt: skip
     if counting:
-        _check_integer("class_idx", class_idx, 0, pictures.num_labels - 1, where)
+        check_integer("class_idx", class_idx, 0, pictures.num_labels - 1, where)
         pictures = CountingGrids(pictures, length=length, grid_size=grid_size, class_idx=class_idx, seed=seed)
         if augment_cells:
             pictures.cell_moves = [move for move in MOVES if move in augment]
@@ -234,9 +241,3 @@ def load_data(
         pictures.image_size = (image_size, image_size)
     pictures.augment = augment
     return pictures
-
-
-def _check_integer(name: str, value: object, low: int, high: int, where: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
-        raise VDMError(f"{name} is out of range", where=where, expected=f"a whole number from {low} to {high}",
-                       got=repr(value), fix=f"change {name}")  # fmt: skip

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -15,7 +17,16 @@ from transformers.utils import ModelOutput
 from vdm_utils.errors import VDMError
 from vdm_utils.gates import GateNetwork, HardConcrete, combine_votes
 from vdm_utils.objective import Multiplier, expected_l0, kl_divergence, lagrangian, mask_embeddings
-from vdm_utils.vit import PatchStates, PatchView, fingerprint, load_classifier
+from vdm_utils.vit import (
+    PatchStates,
+    PatchView,
+    fingerprint,
+    load_classifier,
+    load_saved,
+    refuse_misfits,
+    save_classifier,
+    write_checksums,
+)
 
 
 class VisionDiffMaskConfig(PreTrainedConfig):
@@ -56,7 +67,13 @@ class VisionDiffMaskConfig(PreTrainedConfig):
 
 
 def check_numbers(config: VisionDiffMaskConfig, where: str) -> None:
-    """Raise `VDMError` for a number with which there is no objective or no gate."""
+    """Raise `VDMError` for a setting of another type, and for a number with which there is no objective or no gate."""
+    for name, kind in VisionDiffMaskConfig.__annotations__.items():
+        value = getattr(config, name)
+        number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        if not {"float": number, "bool": isinstance(value, bool)}.get(kind, True):
+            raise VDMError(f"{name} is out of range", where=where, expected="a finite number" if kind == "float" else "True or False",
+                           got=repr(value), fix=f"change {name}")  # fmt: skip
     lowest = 1e-6 if config.log_multiplier else 0.0
     for name, holds, expected in (
         ("eps", config.eps > 0, "a positive number"),
@@ -156,6 +173,7 @@ class VisionDiffMask(PreTrainedModel):
 
     def attach(self, model: PreTrainedModel) -> None:
         """Set the base; raises `VDMError` when its weights are not those that the gates were trained on."""
+        view = PatchView(model)
         mark = fingerprint(model)
         if self.config.base_fingerprint not in ("", mark):
             raise VDMError("this is not the classifier that was explained", where="VisionDiffMask.attach",
@@ -163,7 +181,7 @@ class VisionDiffMask(PreTrainedModel):
                            got=f"{model.name_or_path or type(model).__name__} with weights {mark[:12]}…",
                            fix="load the base this DiffMask was trained on, or train a new DiffMask")  # fmt: skip
         self.config.base_fingerprint = mark
-        self.view = PatchView(model)
+        self.view = view
 
     @property
     def base(self) -> PreTrainedModel:
@@ -199,16 +217,24 @@ class VisionDiffMask(PreTrainedModel):
         blended = mask_embeddings(embeddings, mask.flatten(1).to(embeddings.dtype), placeholder)
         return self._view().logits(pixel_values, blended)
 
-    def forward(self, pixel_values: torch.Tensor, layer: int) -> DiffMaskOutput:
+    def forward(self, pixel_values: torch.Tensor, layer: int, block: int = 1) -> DiffMaskOutput:
         """One draw of the objective at depth `layer` (0..K−1): votes 0..layer sampled, multiplied and applied.
 
+        `block` > 1: the patches of a block × block square share one vote, the mean of their log_alpha, and one draw.
         One backward pass through `loss` gives the descent direction of gates and placeholder and the ascent
         direction of the multiplier.
         """
         view = self._view()
         states = view.encode(pixel_values)
         votes = self.votes(states, layer)
-        mask = votes.rsample().prod(dim=1)  # [B, N]
+        if block > 1:
+            plane = votes.log_alpha.unflatten(-1, states.grid)  # [B, k, rows, cols]
+            pooled = F.avg_pool2d(plane, block, ceil_mode=True)  # a square over the edge counts the patches it has
+            votes = HardConcrete(pooled.flatten(2), votes.temperature, votes.low, votes.high)
+            mask = votes.rsample().prod(dim=1).view(len(plane), 1, *pooled.shape[2:])
+            mask = F.interpolate(mask, scale_factor=block, mode="nearest")[:, 0, : states.grid[0], : states.grid[1]]
+        else:
+            mask = votes.rsample().prod(dim=1)  # [B, N]
         masked_logits = self.masked_logits(pixel_values, states, mask)
         kl = kl_divergence(states.logits.float(), masked_logits.float())  # [B]
         l0 = expected_l0(votes.log_prob_nonzero.sum(dim=1))  # [B]
@@ -248,11 +274,11 @@ class VisionDiffMask(PreTrainedModel):
     # ------------------------------------------------------------------ checkpoints
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Save gates, placeholder, multipliers and config; the base by name, by relative path, or, when it was never
-        saved, next to them in `base/`."""
+        """Save gates, placeholder, multipliers and config, with checksums; the base by name, by relative path, or, when it
+        was never saved, next to them in `base/`."""
         folder, name = Path(save_directory), self.config.base_name_or_path
         if not name:
-            self.base.save_pretrained(folder / "base")
+            save_classifier(self.base, folder / "base")
             stored = "base"
         elif Path(name).is_dir():
             stored = os.path.relpath(name, folder)
@@ -261,24 +287,29 @@ class VisionDiffMask(PreTrainedModel):
         self.config.base_name_or_path = stored
         try:
             super().save_pretrained(folder, **kwargs)
+            write_checksums(folder)
         finally:
             self.config.base_name_or_path = name or str(folder / "base")
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, *args, base: PreTrainedModel | None = None, **kwargs
+        cls, pretrained_model_name_or_path: str | os.PathLike, *, base: PreTrainedModel | None = None, **kwargs
     ) -> VisionDiffMask:
-        """Load a saved `VisionDiffMask` and its base (or attach `base`), and check that the two belong together."""
-        folder = Path(pretrained_model_name_or_path)
-        try:
-            diffmask = super().from_pretrained(str(folder), *args, use_safetensors=True, **kwargs)
-        except Exception as error:
-            raise VDMError("cannot load the DiffMask", where="VisionDiffMask.from_pretrained",
-                           expected="a folder written by save_pretrained",
-                           got=f"{folder} ({str(error).splitlines()[0] if str(error) else error!r})",
-                           fix="check the path, or train one") from error  # fmt: skip
+        """Load a saved `VisionDiffMask` and its base (or attach `base`), and check that the two belong together.
+
+        Raises:
+            VDMError: when there is no such folder or Hub name, its files cannot be read or were altered after they were saved
+                (`verify_checksums`), weights are missing or unknown, or it was trained on another base.
+        """
+        where, folder = "VisionDiffMask.from_pretrained", Path(str(pretrained_model_name_or_path))
+        diffmask, misfits = load_saved(super().from_pretrained, folder, "DiffMask", where, **kwargs)
+        refuse_misfits(misfits, folder, "DiffMask", where)
+        check_numbers(diffmask.config, where)
+        name = diffmask.config.base_name_or_path
+        if not diffmask.config.base_fingerprint or not (name or base):
+            raise VDMError("cannot load the DiffMask: it does not say which classifier it explains", where=where,
+                           expected="base_name_or_path and base_fingerprint", got="none", fix="train it again")  # fmt: skip
         if base is None:
-            name = diffmask.config.base_name_or_path
             beside = (folder / name).resolve()
             if beside.is_dir():
                 name = str(beside)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,17 +12,16 @@ from transformers import PreTrainedModel
 
 from vdm_utils.data import Pictures
 from vdm_utils.diffmask import VisionDiffMask
-from vdm_utils.errors import VDMError
+from vdm_utils.errors import VDMError, unknown_name
 from vdm_utils.objective import kl_divergence
 from vdm_utils.vit import PatchStates, PatchView
 
 
 def on_grid(truth: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """A truth [B, rows, cols] of any resolution on the patch grid: the mean over each patch, [B, *grid]."""
-    truth = truth.float()
-    return (
-        truth if tuple(truth.shape[-2:]) == tuple(grid) else F.interpolate(truth[:, None], size=grid, mode="area")[:, 0]
-    )
+    if tuple(truth.shape[-2:]) == tuple(grid):
+        return truth.float()
+    return F.interpolate(truth[:, None].float(), size=grid, mode="area")[:, 0]
 
 
 def patch_iou(mask: torch.Tensor, truth: torch.Tensor, threshold: float = 0.5) -> torch.Tensor:
@@ -32,6 +32,33 @@ def patch_iou(mask: torch.Tensor, truth: torch.Tensor, threshold: float = 0.5) -
     kept, true = mask > threshold, on_grid(truth, mask.shape[-2:]) > 0.5
     shared, either = (kept & true).sum((1, 2)), (kept | true).sum((1, 2))
     return torch.where(either > 0, shared / either.clamp(min=1), torch.ones_like(shared, dtype=torch.float))
+
+
+def patch_ranks(scores: torch.Tensor) -> torch.Tensor:
+    """The place of every patch in the order of `scores` [B, rows, cols], 0 for the largest: int64 [B, N]."""
+    if scores.dim() != 3 or scores.isnan().any():
+        raise VDMError("these scores are no ranking", where="patch_ranks", expected="numbers [B, rows, cols]",
+                       got=f"{list(scores.shape)}, NaN among them: {bool(scores.isnan().any())}", fix="give one number per patch")  # fmt: skip
+    return scores.flatten(1).argsort(dim=1, descending=True).argsort(dim=1)
+
+
+def top_patches(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """The patches with the largest `scores` [B, rows, cols]: bool [B, S, rows, cols] for `counts` [S] or [B, S]."""
+    return (patch_ranks(scores)[:, None] < counts[..., None]).unflatten(-1, scores.shape[1:])
+
+
+def iou_at_k(scores: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """`patch_iou` of the k patches with the largest scores, told the number k of true ones: [B], NaN where k = 0."""
+    count = (on_grid(truth, scores.shape[-2:]) > 0.5).sum((1, 2))
+    iou = patch_iou(top_patches(scores, count[:, None])[:, 0].float(), truth)
+    return torch.where(count > 0, iou, torch.full_like(iou, math.nan))
+
+
+def pointing_game(scores: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """1 where the patch with the largest score touches the truth, else 0 (Zhang et al. 2018): [B]; NaN for an empty truth."""
+    true = on_grid(truth, scores.shape[-2:]).flatten(1)
+    hit = (true.gather(1, scores.flatten(1).argmax(1, keepdim=True))[:, 0] > 0).float()
+    return torch.where(true.sum(1) > 0, hit, torch.full_like(hit, math.nan))
 
 
 def jensen_shannon(mask: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
@@ -63,39 +90,107 @@ def mass_accuracy(mask: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     return torch.where(true.sum((1, 2)) > 0, share, torch.full_like(share, math.nan))
 
 
+# What stands where patches were taken away.
+FILLS = ("placeholder", "mean colour", "token removal", "noise")
+
+
 @torch.no_grad()
+def logits_without(
+    model: PreTrainedModel | VisionDiffMask,
+    pixel_values: torch.Tensor,
+    gone: torch.Tensor,
+    fill: str = "noise",
+    seed: int = 0,
+    batch_size: int = 128,
+) -> torch.Tensor:
+    """What a classifier says of pictures [B, C, H, W] without some of their patches: logits [B, S, C].
+
+    No fill is neutral: each makes pictures that the classifier was not trained on (Jain et al. 2022, arXiv 2204.08945).
+
+    Args:
+        model: the classifier, or the VisionDiffMask around it, which the first fill needs.
+        gone: bool [B, S, N], S sets of patches to take away for every picture.
+        fill: `placeholder`: the learned one, in place of the embeddings. `mean colour`: 0 in normalised units.
+            `token removal`: nothing, the sequence is shorter. `noise`: uniform over the normalised range −1..1, the same in
+            all sets of a picture, as in the Vision DiffMask paper.
+        batch_size: how many pictures, each with one set taken away, the model sees at once.
+    Raises:
+        VDMError: for an unknown fill, a fill that the model has not got, or sets that do not fit the patch grid.
+    """
+    if fill not in FILLS:
+        raise unknown_name("fill", fill, FILLS, "logits_without")
+    base = model.base if isinstance(model, VisionDiffMask) else model
+    view = PatchView(base)
+    view.check(pixel_values)
+    batch, patches = len(pixel_values), view.grid[0] * view.grid[1]
+    if gone.dim() != 3 or (gone.shape[0], gone.shape[2]) != (batch, patches):
+        raise VDMError("one entry per patch is needed", where="logits_without", expected=f"[{batch}, sets, {patches}]",
+                       got=list(gone.shape), fix="use the patch grid of the classifier")  # fmt: skip
+    answer = _answer(model, view, pixel_values, fill, seed)
+    sets = gone.to(pixel_values.device).transpose(0, 1).flatten(0, 1)  # [S·B, N]: sets of equal size stand together
+    with view.frozen():
+        rows = torch.arange(len(sets), device=sets.device).split(batch_size)
+        logits = torch.cat([answer(row % batch, sets[row]).float() for row in rows])
+    return logits.unflatten(0, (-1, batch)).transpose(0, 1)
+
+
+def _answer(model, view: PatchView, pixel_values: torch.Tensor, fill: str, seed: int) -> Callable:
+    """A function (which pictures [M], patches taken from them bool [M, N]) -> logits [M, C]."""
+    if fill == "token removal":
+        return lambda chosen, gone: view.logits_without_tokens(pixel_values[chosen], gone)
+    if fill == "placeholder":
+        if not isinstance(model, VisionDiffMask):
+            raise VDMError("there is no placeholder", where="logits_without", expected="a VisionDiffMask", got=type(model).__name__,
+                           fix="pass the VisionDiffMask, or use another fill")  # fmt: skip
+        embeddings = torch.cat([view.encode(part).embeddings for part in pixel_values.split(100)])
+
+        def with_placeholder(chosen, gone):
+            states = PatchStates(embeddings[chosen], [], None, view.grid)
+            return model.masked_logits(pixel_values[chosen], states, ~gone)
+
+        return with_placeholder
+    uniform = torch.rand(pixel_values.shape, generator=torch.Generator().manual_seed(seed)).to(pixel_values)
+    canvas = uniform * 2 - 1 if fill == "noise" else torch.zeros_like(pixel_values)
+
+    def painted(chosen, gone):
+        where = F.interpolate(gone.view(-1, 1, *view.grid).float(), size=canvas.shape[-2:], mode="nearest") > 0
+        return view.model(torch.where(where, canvas[chosen], pixel_values[chosen])).logits
+
+    return painted
+
+
 def deletion_curves(
-    model: PreTrainedModel,
+    model: PreTrainedModel | VisionDiffMask,
     pixel_values: torch.Tensor,
     scores: torch.Tensor,
     important_first: bool,
     points: int = 29,
     seed: int = 0,
+    fill: str = "noise",
+    batch_size: int = 128,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replace more and more patches by uniform noise, in the order of `scores` [B, rows, cols].
+    """Take more and more patches away, in the order of `scores` [B, rows, cols].
 
-    The fractions replaced are i / (points + 1) for i = 1..points. Returns the probability of the class predicted for the
-    whole picture and the KL from the whole picture's output in nats, both [B, points]. A good ranking makes the
-    probability fall fast with the important patches first, and hold long with the unimportant ones first.
+    The fractions taken are i / (points + 1) for i = 1..points; `fill` and the rest as for `logits_without`. Returns the
+    probability of the class predicted for the whole picture and the KL from its output in nats, both [B, points]; the area
+    under a curve is the mean of its points. With the important patches first a good ranking makes the probability fall
+    fast, and with the unimportant ones first it holds long.
     """
-    view = PatchView(model)
-    view.check(pixel_values)
-    batch, (rows, cols) = len(pixel_values), view.grid
-    order = scores.flatten(1).argsort(dim=1, descending=important_first)
-    rank = order.argsort(dim=1).view(batch, 1, rows, cols)  # 0 goes first
-    rank = F.interpolate(rank.float(), size=pixel_values.shape[-2:], mode="nearest")
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.rand(pixel_values.shape, generator=generator).to(pixel_values.device) * 2 - 1
-    with view.frozen():
-        whole = model(pixel_values).logits.float()
-        predicted = whole.argmax(-1, keepdim=True)
-        probability, kl = [], []
-        for point in range(1, points + 1):
-            gone = rank < round(rows * cols * point / (points + 1))
-            logits = model(torch.where(gone, noise, pixel_values)).logits.float()
-            probability.append(logits.softmax(-1).gather(1, predicted)[:, 0])
-            kl.append(kl_divergence(whole, logits))
-    return torch.stack(probability, 1), torch.stack(kl, 1)
+    rank = patch_ranks(scores if important_first else -scores.float())
+    share = torch.arange(points + 1, dtype=torch.double, device=rank.device) / (points + 1)
+    gone = rank[:, None] < (rank.shape[1] * share).round()[:, None]  # [B, 1 + points, N]
+    logits = logits_without(model, pixel_values, gone, fill, seed, batch_size)
+    whole = logits[:, 0]  # nothing is gone yet
+    probability = logits.softmax(-1)[torch.arange(len(whole)), :, whole.argmax(-1)]
+    return probability[:, 1:], kl_divergence(whole[:, None], logits)[:, 1:]
+
+
+def insertion_curves(*args, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put patches back, the most important first, where all were gone; arguments as for `deletion_curves`.
+
+    These are the pictures of deleting the unimportant ones first, met in the opposite order: the areas are equal.
+    """
+    return tuple(curve.flip(1) for curve in deletion_curves(*args, important_first=False, **options))
 
 
 @torch.no_grad()

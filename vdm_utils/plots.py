@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from transformers import TrainerCallback
 
@@ -47,6 +48,57 @@ def show_mask(axes, mask: torch.Tensor, title: str = ""):
     axes.set_title(title, fontsize=8)
     axes.set_xticks([]), axes.set_yticks([])
     return picture
+
+
+def show_overlay(axes, pixel_values: torch.Tensor, mask: torch.Tensor, title: str = "") -> None:
+    """One mask [rows, cols] in its colours, half transparent, over a picture [C, H, W] in grey."""
+    grey = to_image(pixel_values).mean(-1)
+    height, width = grey.shape
+    axes.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    corners = (-0.5, width - 0.5, height - 0.5, -0.5)  # of the picture, whose pixels are centred at whole numbers
+    axes.imshow(
+        mask.detach().cpu().numpy(),
+        cmap=MASK_COLOURS,
+        alpha=0.5,
+        extent=corners,
+        vmin=0,
+        vmax=1,
+        interpolation="nearest",
+    )
+    axes.set_title(title, fontsize=8)
+    axes.set_xticks([]), axes.set_yticks([])
+
+
+def fade(pixel_values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """A picture [C, H, W] faded to grey where the mask [rows, cols] drops its patches."""
+    pixel_mask = F.interpolate(mask[None, None].float(), size=pixel_values.shape[-2:], mode="nearest")[0]
+    return masked_image(pixel_values[None], pixel_mask)[0]
+
+
+def show_course(
+    axes,
+    x: Sequence[float],
+    values: Sequence[float],
+    now: int,
+    colour: str,
+    title: str,
+    allowed: Sequence[float] = (),
+    top: float | None = None,
+) -> None:
+    """A curve that is in colour as far as its point number `now`, which is marked, and grey from there on.
+
+    `allowed`: a dashed curve of the same length. The y axis goes from 0 to `top`, the largest value by default. The x
+    axis has no ticks: they cost more time than all the rest, so only the lowest of several panels should get some.
+    """
+    top = top or max(*values, *allowed, 1e-9)
+    axes.plot(x, values, color="0.8")
+    axes.plot(x[: now + 1], values[: now + 1], color=colour)
+    axes.plot(x[now], values[now], "o", color=colour, markersize=5)
+    if allowed:
+        axes.plot(x, allowed, color="0.5", linestyle="--", linewidth=0.8)
+    axes.set(ylim=(-0.06 * top, 1.15 * top), xticks=[])
+    axes.set_yticks([0, top], ["0", f"{top:.2g}"], fontsize=7)
+    axes.set_title(title, fontsize=8, y=1.0)
 
 
 def picture_grid(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,10 +45,14 @@ def digits(split: str, seed: int) -> ImageSet:
 def read_image(file: Path, channels: int = 3) -> Image.Image:
     """One picture of any mode (grey, palette, transparent, CMYK, 16 bits), upright, with 1 or 3 channels of 8 bits."""
     try:
-        with Image.open(file) as image:
+        # from 90 million pixels on Pillow only warns: a file of a few kilobytes that unpacks to them would fill the memory
+        bombs = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
+        with bombs, Image.open(file) as image:
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.mode == "F":
+                raise ValueError("floating-point pixels, whose range is not known")
+            if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
             elif image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:  # what is see-through is white
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return image.convert("RGB" if channels == 3 else "L")
@@ -63,9 +68,22 @@ def read_pictures(files: Sequence[str | Path], size: tuple[int, int], channels: 
     return torch.stack([transforms.to_dtype(transforms.to_image(p), torch.float32, scale=True) for p in fitted]) * 2 - 1
 
 
+def class_folders(folder: Path) -> list[str]:
+    """The sorted names of the folders in a folder, hidden ones left out: a class is its place in this list."""
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def check_same_classes(folders: Sequence[Path]) -> None:
+    """Raise `VDMError` unless all these splits have the same class folders: a label would mean another class in each."""
+    for folder in folders[1:]:
+        if differing := sorted(set(class_folders(folders[0])) ^ set(class_folders(folder))):
+            raise VDMError("the splits have different classes", where=str(folder), expected=f"the folders of {folders[0]}",
+                           got=f"only in one of the two: {', '.join(differing)}", fix="give both the same class folders")  # fmt: skip
+
+
 def list_images(folder: Path) -> tuple[list[Path], np.ndarray, list[str]]:
     """Files, their class indices, and the sorted class names of `<folder>/<class>/<image>`; hidden files are ignored."""
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    names = class_folders(folder)
     if len(names) < 2:
         raise VDMError("too few class folders", where=str(folder), expected="at least 2", got=len(names),
                        fix="lay the images out as <folder>/<class>/<image>")  # fmt: skip
@@ -129,6 +147,8 @@ def image_folder(
     out of the training pictures: a tenth, drawn class by class.
     """
     present = {part: root / sub for part, sub in folders.items() if (root / sub).is_dir()}
+    if "train" in present:
+        check_same_classes(list(present.values()))
     if split != "train" and split in present:
         files, classes, names = list_images(present[split])
         part = np.arange(len(files))
@@ -179,7 +199,7 @@ def imagenet(split: str, data_dir, *, side: int, seed: int, skip_unreadable: boo
     places = [place / name for place in search_path(data_dir) for name in ("imagenet", "ImageNet")]
     root = next((p for p in places if (p / "val").is_dir() and (p / "train").is_dir()), None)
     if root is None:
-        raise VDMError("ImageNet is not here", expected="imagenet/train/<wnid>/* and imagenet/val/<wnid>/* in "
+        raise VDMError("ImageNet is not here", where="load_data", expected="imagenet/train/<wnid>/* and imagenet/val/<wnid>/* in "
                        + ", ".join(map(str, search_path(data_dir))), got="no such folders",
                        fix="unpack it there (image-net.org), or set VDM_DATA_DIR; it is never downloaded")  # fmt: skip
     pictures = image_folder("ImageNet", root, split, side=side, seed=seed, skip_unreadable=skip_unreadable,
@@ -215,6 +235,7 @@ def downloadable(name: str, split: str, data_dir, seed: int) -> ImageSet:
             if len(names) != 10:
                 raise VDMError("data only half unpacked", where=str(folder / part), expected="10 class folders",
                                got=len(names), fix="unpack the data again")  # fmt: skip
+            check_same_classes([folder / half for half in ("train", "test") if (folder / half).is_dir()])
             break
     else:
         for attempt, place in enumerate([*places, places[0]]):
@@ -223,7 +244,7 @@ def downloadable(name: str, split: str, data_dir, seed: int) -> ImageSet:
                 found = dataset(str(place), train=part == "train", download=last)
             except Exception as error:  # torchvision raises RuntimeError, URLError, OSError … depending on the failure
                 if last:
-                    raise VDMError(f"{name} is not here and cannot be downloaded", expected=f"{name.lower()}/{part}/<class>/* "
+                    raise VDMError(f"{name} is not here and cannot be downloaded", where="load_data", expected=f"{name.lower()}/{part}/<class>/* "
                                    f"or torchvision's files in {', '.join(map(str, places))}", got=f"{type(error).__name__}: {error}",
                                    fix="unpack it there, set VDM_DATA_DIR, or use toy, shapes or digits, which need no files") from error  # fmt: skip
                 continue

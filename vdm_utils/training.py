@@ -29,17 +29,22 @@ from transformers.trainer_utils import get_last_checkpoint
 from vdm_utils.data import AUGMENTATIONS, DATASETS, SPLITS, Pictures
 from vdm_utils.diffmask import DiffMaskOutput, VisionDiffMask, VisionDiffMaskConfig, check_numbers
 from vdm_utils.errors import VDMError, unknown_name
+from vdm_utils.vit import PatchView
 
 # A layer counts as settled when its class is kept this often with this fraction of patches (De Cao et al. 2020's code);
 # with --weighted_layer_distribution it is then drawn ten times less often.
 SETTLED_ACCURACY, SETTLED_L0, SETTLED_WEIGHT = 0.75, 0.1, 0.1
 
 
+# A cell or an object part fills several patches. Gates that decide for one patch at a time can get stuck at dropping the same
+# part of each; deciding for squares of so many patches a side first, then for single ones, they do not (measured on digits_QA).
+BLOCK = 2
+
 # name: (lowest allowed, first not allowed)
 LIMITS = {
     "batch_size": (1, 2**20), "num_workers": (0, 1024), "num_epochs": (1e-9, 1e9), "log_every_n_steps": (1, 2**32),
     "warmup_steps": (0, 2**32), "gate_warmup_steps": (0, 2**32), "patience": (1, 2**32), "lr": (0, 1e3), "weight_decay": (0, 1e3),
-    "sample_images": (0, 2**20), "shortcut": (0, 1.001), "patch_dropout": (0, 1), "adam_beta2": (0, 1), "lr_decay": (0, 1.001), "last_layer_share": (0, 1.001),
+    "sample_images": (0, 2**20), "shortcut": (0, 1.001), "patch_dropout": (0, 1), "patch_masking": (0, 1.001), "adam_beta2": (0, 1), "lr_decay": (0, 1.001), "last_layer_share": (0, 1.001), "block_share": (0, 1.001),
 }  # fmt: skip
 
 
@@ -141,6 +146,7 @@ class ClassifierSettings(RunSettings):
     lr_schedule: Literal["constant", "linear", "cosine"] = option("constant", "learning rate after warm-up")
     warmup_steps: int = option(0, "steps of linear warm-up")
     patch_dropout: float = option(0.0, "fraction of patches left out of every training image; saves as much time")
+    patch_masking: float = option(0.0, "blank up to this fraction of the patches of a training image, anew each time")
     mimetic_start: bool = option(False, "start the attention of a ViT trained from scratch where trained ones end up")
     bf16: bool = option(False, "multiply matrices in bfloat16, where the processor can")
     patience: int = option(5, "stop after this many evaluations without a better validation accuracy")
@@ -177,6 +183,7 @@ class DiffMaskSettings(RunSettings):
     last_layer_share: float = option(
         0.0, "share of the steps spent on the last gate, whose mask is the one that is shown"
     )
+    block_share: float = option(0.0, "first share of the steps in which squares of 2 × 2 patches share one gate")
     weighted_layer_distribution: bool = option(False, "draw layers that are already accurate and sparse less often")
 
     def config(self) -> dict:
@@ -326,6 +333,33 @@ def dropped_patches(model: PreTrainedModel, fraction: float) -> Iterator[None]:
         handle.remove()
 
 
+@contextmanager
+def masked_patches(model: PreTrainedModel, most: float) -> Iterator[None]:
+    """While training, blank (zero) the embeddings of a random share of the patches, drawn per image from 0 to `most`.
+
+    A classifier that never saw a missing patch answers to its absence with a class of its own ("missingness bias", Jain
+    et al. 2022, arXiv 2204.08945); one that did can be asked what it does without.
+    """
+    if not most:
+        yield
+        return
+    projection = PatchView(model).projection
+
+    def blank(module: nn.Module, inputs, output: torch.Tensor) -> torch.Tensor:
+        if not module.training:
+            return output
+        # [B, N, 1], or [B, 1, rows, cols] where the projection is a bare convolution
+        shape = (*output.shape[:2], 1) if output.dim() == 3 else (len(output), 1, *output.shape[2:])
+        share = most * torch.rand(len(output), *[1] * (output.dim() - 1), device=output.device)
+        return output * (torch.rand(shape, device=output.device) >= share)
+
+    handle = projection.register_forward_hook(blank)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 # ---------------------------------------------------------------- the classifier
 
 
@@ -398,7 +432,7 @@ def train_classifier(
         else None,
         callbacks=[EarlyStoppingCallback(chosen.patience, early_stopping_threshold=TIE_BREAK)],
     )
-    with dropped_patches(model, chosen.patch_dropout):
+    with dropped_patches(model, chosen.patch_dropout), masked_patches(model, chosen.patch_masking):
         _finish(trainer, chosen, resume)
     trainer.save_model()
     model.name_or_path = str(output_dir)
@@ -475,7 +509,8 @@ class DiffMaskTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         layer = self.draw_layer()
-        output: DiffMaskOutput = model(inputs["pixel_values"], layer=layer)
+        blocks = self.state.global_step < self.chosen.block_share * self.state.max_steps
+        output: DiffMaskOutput = model(inputs["pixel_values"], layer=layer, block=BLOCK if blocks else 1)
         self.recent.append(torch.stack([output.kl.mean(), output.l0.mean()]))
         with torch.no_grad():  # running averages over about 10 visits of the layer
             seen = torch.stack([output.unchanged.mean(), output.l0.mean()])
@@ -503,6 +538,48 @@ class ClampMultiplier(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         getattr(model, "module", model).multiplier.clamp_()
+
+
+@dataclass(frozen=True)
+class MaskRecord:
+    """The shown masks of B pictures at one training step.
+
+    mask: [B, rows, cols].  kl: [B] in nats.  kept: [B].  alpha: the last gate's multiplier.  eps: the KL allowed.
+    """
+
+    step: int
+    mask: torch.Tensor
+    kl: torch.Tensor
+    kept: torch.Tensor
+    alpha: float
+    eps: float
+
+
+class MaskRecorder(TrainerCallback):
+    """Keeps the shown masks of a few pictures [B, C, H, W] before the first step, after every `every` steps and after the
+    last: `records`, for `replay_explorer`. A loop of your own calls `record`. Nothing random is drawn: the training stays
+    the same."""
+
+    def __init__(self, pixel_values: torch.Tensor, every: int = 20):
+        self.pixel_values, self.every, self.records = pixel_values, every, []
+
+    def record(self, diffmask: VisionDiffMask, step: int) -> None:
+        """Explain the pictures with the present gates and remember what they show."""
+        shown = diffmask.explain(self.pixel_values.to(diffmask.device))
+        alpha, eps = diffmask.multiplier.value[-1].item(), diffmask.config.eps
+        self.records.append(MaskRecord(step, shown.mask.cpu(), shown.kl.cpu(), shown.kept.cpu(), alpha, eps))
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.records = []
+        self.record(model, state.global_step)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.every == 0:
+            self.record(model, state.global_step)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if self.records[-1].step != state.global_step:
+            self.record(model, state.global_step)
 
 
 def train_diffmask(

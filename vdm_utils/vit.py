@@ -10,9 +10,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -27,7 +29,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from vdm_utils.errors import VDMError, unknown_name
+from vdm_utils.errors import VDMError, check_integer, unknown_name
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +71,13 @@ def build_classifier(
     if min(*image, *patch) < 1 or image[0] % patch[0] or image[1] % patch[1]:
         raise VDMError("the patches do not tile the image", where=where, expected="image_size a multiple of patch_size",
                        got=f"image {image}, patch {patch}", fix="change one of the two")  # fmt: skip
+    check_integer("number of patches", image[0] // patch[0] * (image[1] // patch[1]), 1, 2**16, where)
+    check_integer("num_channels", num_channels, 1, 2**10, where)
+    check_integer("num_labels", num_labels, 1, 2**20, where)
     id2label = id2label or {i: str(i) for i in range(num_labels)}
+    if not isinstance(id2label, dict) or set(id2label) != set(range(len(id2label))):
+        raise VDMError("the classes are not numbered", where=where, expected="id2label {0: name, 1: name, …}", got=id2label,
+                       fix="number them from 0 on")  # fmt: skip
     shared = {
         "num_channels": num_channels,
         "id2label": id2label,
@@ -136,24 +144,110 @@ def mimetic_start(model: ViTForImageClassification) -> None:
     model.vit.embeddings.position_embeddings[0, 1:, : 4 * (width // 4)] = torch.cat(grid, dim=-1).flatten(0, 1)
 
 
+CHECKSUMS = "SHA256SUMS"  # its format is that of the program: `sha256sum -c SHA256SUMS` checks a folder as well
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of the config, of every file of weights and, where a run can be resumed, of its optimizer's state."""
+    files = [
+        folder / "config.json",
+        *(file for kind in ("safetensors", "pt", "pth") for file in folder.glob(f"*.{kind}")),
+    ]
+    contents = {file.name: file.read_bytes() for file in files}
+    # git on Windows may have changed the line ends of a text
+    contents["config.json"] = contents["config.json"].replace(b"\r\n", b"\n")
+    return {name: hashlib.sha256(content).hexdigest() for name, content in sorted(contents.items())}
+
+
+def write_checksums(folder: Path) -> None:
+    """Put `SHA256SUMS` beside a saved model, for `verify_checksums`."""
+    lines = [f"{digest}  {name}\n" for name, digest in _checksums(folder).items()]
+    (folder / CHECKSUMS).write_text("".join(lines))
+
+
+def verify_checksums(folder: Path) -> None:
+    """Raise `VDMError` unless config and weights are those that `SHA256SUMS` lists.
+
+    A folder without that file is accepted: models of other origin, such as those of the Hub, have none.
+    """
+    if not os.path.isfile(folder / CHECKSUMS):  # unlike Path.is_file, never raises, whatever the name is
+        return
+    lines = (folder / CHECKSUMS).read_text(errors="replace").splitlines()
+    listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    try:
+        found = _checksums(folder)
+    except OSError as error:
+        raise VDMError("cannot load the model: a file is missing", where=str(folder), expected=", ".join(listed), got=error,
+                       fix="copy the whole folder again") from error  # fmt: skip
+    altered = sorted({name for name, _ in listed.items() ^ found.items()})
+    if altered:
+        raise VDMError("cannot load the model: it was altered after it was saved", where=str(folder), expected=f"the files that {CHECKSUMS} lists",
+                       got=f"{', '.join(altered)} differ", fix=f"copy the folder again; after a change of your own, delete {CHECKSUMS}")  # fmt: skip
+
+
+def save_classifier(model: PreTrainedModel, folder: str | Path) -> None:
+    """`model.save_pretrained(folder)`, with checksums beside it."""
+    model.save_pretrained(folder)
+    write_checksums(Path(folder))
+
+
+def load_saved(
+    load: Callable, name_or_path: str | Path, what: str, where: str, **options
+) -> tuple[nn.Module, list[str]]:
+    """A saved model through a `from_pretrained` of transformers, and which of its weights are missing, of another shape, or
+    in the file only; safetensors only, no remote code.
+
+    Raises:
+        VDMError: when there is no such model, or it cannot be read, was altered, or holds NaN or infinite weights.
+    """
+    verify_checksums(Path(str(name_or_path)))
+    try:
+        # without ignore_mismatched_sizes transformers raises an error that names no weight
+        model, report = load(str(name_or_path), use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+                             ignore_mismatched_sizes=True, **options)  # fmt: skip
+    except Exception as error:  # transformers raises OSError, ValueError, SafetensorError … depending on the cause
+        raise VDMError(f"cannot load the {what}", where=where, expected="a folder written by save_pretrained or a Hub name",
+                       got=f"{name_or_path} ({str(error).splitlines()[0] if str(error) else error!r})",
+                       fix="check the name, or the network") from error  # fmt: skip
+    misfits = {*report["missing_keys"], *report["unexpected_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    loaded = {name: weight for name, weight in model.state_dict().items() if name not in misfits}
+    broken = [name for name, weight in loaded.items() if not weight.isfinite().all()]
+    if broken:
+        raise VDMError(f"cannot load the {what}", where=where, expected="finite weights", got=f"NaN or infinite {broken[0]} in "
+                       f"{name_or_path}", fix="train it again, or get a whole copy")  # fmt: skip
+    return model, sorted(misfits)
+
+
+def refuse_misfits(misfits: list[str], name_or_path: str | Path, what: str, where: str) -> None:
+    """Raise `VDMError` where weights do not fit: transformers would go on with random numbers in their place."""
+    if misfits:
+        raise VDMError(f"cannot load the {what}", where=where, expected="every weight once, in its shape",
+                       got=f"{name_or_path} ({len(misfits)} missing, of another shape or unknown: {', '.join(misfits[:3])} …)",
+                       fix=f"check that this is the folder of a {what}, with config.json and weights of one run")  # fmt: skip
+
+
 def load_classifier(name_or_path: str | Path, num_labels: int | None = None) -> PreTrainedModel:
     """Load a classifier from a folder or the Hugging Face Hub (safetensors only, no remote code).
 
-    The head is replaced by a fresh one, and a warning says so, when `num_labels` differs from the checkpoint's.
+    With `num_labels` the head is replaced by a fresh one, and a warning says so, where the checkpoint has none for as
+    many classes.
 
     Raises:
-        VDMError: when there is no such folder or Hub name, or its files cannot be read.
+        VDMError: when there is no such folder or Hub name, its files cannot be read or were altered after they were saved
+            (`verify_checksums`), or weights are missing.
     """
-    options = {} if num_labels is None else {"num_labels": num_labels, "ignore_mismatched_sizes": True}
-    try:
-        model, report = AutoModelForImageClassification.from_pretrained(
-            str(name_or_path), use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
-        )
-    except Exception as error:  # transformers raises OSError, ValueError, SafetensorError … depending on the cause
-        raise VDMError("cannot load the classifier", where="load_classifier", expected="a folder written by save_pretrained "
-                       "or a Hub name", got=f"{name_or_path} ({str(error).splitlines()[0] if str(error) else error!r})",
-                       fix="check the name, or the network") from error  # fmt: skip
-    if report["mismatched_keys"]:
+    where, options = "load_classifier", {}
+    if num_labels is not None:
+        check_integer("num_labels", num_labels, 1, 2**20, where)
+        options = {"num_labels": num_labels}
+    load = AutoModelForImageClassification.from_pretrained
+    model, misfits = load_saved(load, name_or_path, "classifier", where, **options)
+    # what the classifier has no use for, such as the text half of SigLIP, is left out
+    known = model.state_dict()
+    misfits = [name for name in misfits if name in known]
+    head = [name for name in misfits if name.split(".")[0].endswith("classifier")]
+    refuse_misfits(misfits if num_labels is None else sorted({*misfits} - {*head}), name_or_path, "classifier", where)
+    if head:
         logger.warning("new head: %s now predicts %s classes and must be fine-tuned", name_or_path, num_labels)
     return model.eval()
 
@@ -168,7 +262,7 @@ def with_image_size(model: PreTrainedModel, image_size: int | tuple[int, int]) -
     height, width = as_pair(image_size)
     old = PatchView(model)
     name = next((n for n, _ in model.named_parameters() if n.endswith("embeddings.position_embeddings")), None)
-    if name is None or height % old.patch_size[0] or width % old.patch_size[1]:
+    if name is None or min(height, width) < 1 or height % old.patch_size[0] or width % old.patch_size[1]:
         raise VDMError("the classifier cannot take another image size", where=type(model).__name__,
                        expected=f"position embeddings and a multiple of the patches {old.patch_size}", got=(height, width),
                        fix="use its own image size")  # fmt: skip
@@ -223,10 +317,9 @@ class PatchView:
         config = getattr(model, "config", None)
         config, name = getattr(config, "vision_config", config), type(model).__name__
         layer_count = getattr(config, "num_hidden_layers", None)
-        stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layer_count]
-        projection = next(
-            (m for n, m in model.named_modules() if n.endswith(("patch_embeddings", "patch_embedding"))), None
-        )
+        modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+        stacks = [m for m in modules.values() if isinstance(m, nn.ModuleList) and len(m) == layer_count]
+        projection = next((m for n, m in modules.items() if n.endswith(("patch_embeddings", "patch_embedding"))), None)
         # `depths`: a hierarchy of stages (Swin, ConvNeXt) merges patches on the way and has no one grid
         named = all(hasattr(config, key) for key in ("patch_size", "image_size", "hidden_size"))
         if not stacks or projection is None or not named or hasattr(config, "depths"):
@@ -250,7 +343,7 @@ class PatchView:
         expected = f"a float tensor [B, {self.num_channels}, {self.image_size[0]}, {self.image_size[1]}]"
         if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
             got = getattr(pixel_values, "dtype", type(pixel_values).__name__)
-        elif pixel_values.dim() != 4 or pixel_values.shape[1:] != (self.num_channels, *self.image_size):
+        elif pixel_values.shape[1:] != (self.num_channels, *self.image_size) or not len(pixel_values):
             got = list(pixel_values.shape)
         elif not torch.isfinite(pixel_values).all():
             got = "NaN or infinite values"
@@ -277,7 +370,11 @@ class PatchView:
                 parameter.requires_grad_(True)
 
     def encode(self, pixel_values: torch.Tensor) -> PatchStates:
-        """Run the model on whole images [B, C, H, W] and keep what the gates look at; no gradient is recorded."""
+        """Run the model on whole images [B, C, H, W] and keep what the gates look at; no gradient is recorded.
+
+        Raises:
+            VDMError: for images that do not fit (`check`), or from which the model computes NaN or infinite logits.
+        """
         self.check(pixel_values)
         seen: dict[object, torch.Tensor] = {}
 
@@ -297,6 +394,10 @@ class PatchView:
             for k, layer in enumerate(self.layers):
                 stack.callback(layer.register_forward_hook(keep(k)).remove)
             logits = self.model(pixel_values).logits
+        if not torch.isfinite(logits).all():
+            raise VDMError("the classifier's output is not finite", where=type(self.model).__name__, expected="finite logits",
+                           got=f"NaN or infinite, from images up to {pixel_values.abs().max():.3g}",
+                           fix="normalise the images as load_data does; if they are, the weights are broken")  # fmt: skip
         embeddings = seen["embeddings"]
         if embeddings.dim() == 4:  # a bare convolution, [B, d, rows, cols]
             embeddings = embeddings.flatten(2).transpose(1, 2)  # [B, N, d]
@@ -323,7 +424,51 @@ class PatchView:
             stack.callback(self.projection.register_forward_hook(replace).remove)
             return self.model(pixel_values).logits
 
+    @torch.no_grad()
+    def logits_without_tokens(self, pixel_values: torch.Tensor, gone: torch.Tensor) -> torch.Tensor:
+        """Run the model with patches left out of its sequence, after their positions were added: logits [B, C].
+
+        `gone` bool [B, N] says which; prefix tokens stay, and every other patch keeps its place. No gradient is recorded.
+
+        Raises:
+            VDMError: for a model whose layers look positions up themselves (BEiT with relative position bias), or that
+                has no token or nothing to average when no patch is left.
+        """
+        where, names = (
+            type(self.model).__name__,
+            [*dict(self.model.named_modules()), *dict(self.model.named_parameters())],
+        )
+        if any(word in name for name in names for word in ("relative_position", "rope", "rotary")):
+            raise VDMError("patches cannot be left out of this classifier", where=where, expected="positions that are added "
+                           "before the first layer", got="positions inside the layers", fix="use another fill")  # fmt: skip
+        nothing_left = VDMError("the classifier says nothing without patches", where=where, expected="at least one patch left",
+                                got="none in some picture", fix="keep one, or use another fill")  # fmt: skip
+        groups, parts = [(gone.sum(1) == count).nonzero()[:, 0] for count in gone.sum(1).unique()], []
+        for chosen in groups:  # sequences of equal length make a batch
+            kept = (~gone[chosen]).nonzero()[:, 1].view(len(chosen), -1)  # [b, N − count]
+
+            def leave_out(module, inputs, kept=kept):
+                tokens = inputs[0]
+                prefix = torch.arange(tokens.shape[1] - gone.shape[1], device=kept.device).expand(len(kept), -1)
+                index = torch.cat([prefix, kept + prefix.shape[1]], dim=1)  # [b, T − count]
+                if not index.shape[1]:
+                    raise nothing_left
+                return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])), *inputs[1:]
+
+            with ExitStack() as stack:
+                stack.enter_context(self.frozen())
+                stack.callback(self.layers[0].register_forward_pre_hook(leave_out).remove)
+                parts.append(self.model(pixel_values[chosen]).logits)
+        logits = torch.cat(parts)[torch.cat(groups).argsort()]
+        if logits[gone.all(1)].isnan().any():  # a mean over no patch
+            raise nothing_left
+        return logits
+
 
 def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) from one number or two."""
-    return (size, size) if isinstance(size, int) else tuple(size)
+    """(height, width) from one whole number or two; raises `VDMError` for anything else."""
+    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(pair) != 2 or not all(isinstance(side, Integral) for side in pair):
+        raise VDMError("this is no size", where="image_size or patch_size", expected="a whole number, or (height, width)", got=repr(size),
+                       fix="give pixels")  # fmt: skip
+    return pair
