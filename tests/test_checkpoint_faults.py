@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomize
+from conftest import BASE, DIFFMASK, randomize
 from safetensors.torch import load_file, save_file
 from test_faults import complaint, contents
 
@@ -356,7 +356,13 @@ def listed(folder):
 def test_every_job_leaves_checksums(base_run, diffmask_run, tmp_path):
     line = f"eval-base --from_pretrained {base_run} --dataset digits --output_dir {tmp_path / 'evaluated'}"
     assert main(line.split()) == 0
-    for folder in (base_run, diffmask_run, diffmask_run / "checkpoint-8", tmp_path / "evaluated"):
+    for folder in (
+        base_run,
+        diffmask_run,
+        base_run / "checkpoint-8",
+        diffmask_run / "checkpoint-8",
+        tmp_path / "evaluated",
+    ):
         assert {"config.json", WEIGHTS} <= set(listed(folder))
         assert all(digest(folder / name) == value for name, value in listed(folder).items())
 
@@ -392,6 +398,58 @@ def test_altered_models_on_the_command_line(run, monkeypatch, capsys, line):
     error = capsys.readouterr().err
     assert error.startswith("error: cannot load the model: it was altered") and len(error.splitlines()) == 5
     assert contents(run) == before
+
+
+@pytest.mark.parametrize("job", ["train-base", "train"])
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "malicious", "missing"])
+def test_runs_are_not_resumed_from_a_damaged_checkpoint(
+    base_run, diffmask_run, tmp_path, capsys, canary, job, name, damage
+):
+    whole, words = (base_run, BASE) if job == "train-base" else (diffmask_run, DIFFMASK)
+    checkpoint = Path(shutil.copytree(whole / "checkpoint-8", tmp_path / "run" / "checkpoint-8"))
+    content = bytearray((checkpoint / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "missing":
+        (checkpoint / name).unlink()
+    else:
+        new = {"truncated": content[: len(content) // 2], "flipped": content, "malicious": pickle.dumps(canary[0])}
+        (checkpoint / name).write_bytes(new[damage])
+    before = contents(checkpoint)
+    flag = "--checkpoint" if job == "train-base" else "--diffmask_checkpoint"
+    words = [*words, flag, str(checkpoint), "--output_dir", str(tmp_path / "new")]
+    assert main(words if job == "train-base" else [*words, "--from_pretrained", str(base_run)]) == 2
+    error = capsys.readouterr().err
+    assert "error: cannot load the model" in error and len(error.splitlines()) == 5 and contents(checkpoint) == before
+    assert not list((tmp_path / "new").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("job", ["train-base", "train"])
+def test_checkpoints_without_checksums_never_fall_back_to_a_pickle(
+    base_run, diffmask_run, tmp_path, capsys, canary, job
+):
+    whole, words = (base_run, BASE) if job == "train-base" else (diffmask_run, DIFFMASK)
+    checkpoint = unsigned(Path(shutil.copytree(whole / "checkpoint-8", tmp_path / "checkpoint-8")))
+    weights = load_file(checkpoint / WEIGHTS)
+    (checkpoint / WEIGHTS).unlink()
+    torch.save(weights, checkpoint / "pytorch_model.bin")  # what Trainer would read instead
+    flag = "--checkpoint" if job == "train-base" else "--diffmask_checkpoint"
+    words = [*words, flag, str(checkpoint), "--output_dir", str(tmp_path / "new")]
+    assert main(words if job == "train-base" else [*words, "--from_pretrained", str(base_run)]) == 2
+    assert "error: cannot load the " in capsys.readouterr().err
+
+
+def test_a_run_is_not_resumed_with_another_model(base_run, tmp_path, capsys):
+    words = [
+        *BASE,
+        "--size",
+        "small",
+        "--checkpoint",
+        str(base_run / "checkpoint-8"),
+        "--output_dir",
+        str(tmp_path / "new"),
+    ]
+    assert main(words) == 2 and "the checkpoint is of another model" in capsys.readouterr().err
 
 
 SHIPPED = sorted(path.parent for path in (ROOT / "data" / "checkpoints").glob("*/*/config.json"))

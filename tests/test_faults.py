@@ -488,7 +488,7 @@ def test_settings_of_a_diffmask(base, wrong):
 
 NUMBERS = {  # kind of run: settings that no run can use
     ClassifierSettings: {
-        "lr": (-1e-3, 1e9, math.nan, math.inf),
+        "lr": (-1e-3, 1e9, math.nan, math.inf, "high", None, True),
         "weight_decay": (-1.0, math.inf),
         "batch_size": (0, -4, 10**9, 2.5, "8", None),
         "num_epochs": (0, -1, math.nan, math.inf),
@@ -534,6 +534,22 @@ def test_pictures_that_a_diffmask_cannot_be_trained_on(diffmask, tmp_path, optio
     chosen = settings(DiffMaskSettings, "quick", max_steps=2, batch_size=8)
     message = complaint(lambda: train_diffmask(diffmask, data, data, chosen, tmp_path / "out"))
     assert "[B, 3, 12, 12]" in message and not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("options", "got"),
+    [
+        ({"image_size": 24}, "12×12 pixels"),
+        ({"name": "digits", "image_size": 12}, "3 channels"),
+        ({"grid_size": 4}, "10 classes"),
+        ({"class_idx": 0}, "0 yellow"),
+    ],
+)
+def test_pictures_and_labels_that_do_not_fit_a_classifier(base, tmp_path, options, got):
+    data = load_data(**{"name": "toy", "split": "train", "image_size": 12, "length": 40} | options)
+    chosen = settings(ClassifierSettings, "quick", max_steps=2, batch_size=8)
+    message = complaint(lambda: train_classifier(base, data, data, chosen, tmp_path / "out"))
+    assert got in message and not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- command line

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from safetensors.torch import save_file
-from transformers import HfArgumentParser, PreTrainedModel, set_seed
+from transformers import HfArgumentParser, set_seed
 from transformers.utils import logging as transformers_logging
 
 from vdm_utils.data import Pictures, load_data
@@ -24,6 +24,7 @@ from vdm_utils.training import (
     DiffMaskSettings,
     ExplainSettings,
     RunSettings,
+    check_fit,
     evaluate_classifier,
     train_classifier,
     train_diffmask,
@@ -35,7 +36,6 @@ from vdm_utils.vit import (
     mimetic_start,
     save_classifier,
     with_image_size,
-    write_checksums,
 )
 
 logger = logging.getLogger(__name__)
@@ -150,29 +150,6 @@ def datasets(chosen: RunSettings, image_size: int | None = None) -> tuple[Pictur
     return tuple(load_data(chosen.dataset, split, **options) for split in ("train", "validation"))
 
 
-def check_fit(model: PreTrainedModel, data: Pictures, job: str, classes: bool = True) -> None:
-    """Raise `VDMError` unless the classifier takes this dataset's pictures and, with `classes`, predicts its classes."""
-
-    def describe(labels: dict, channels: int, size: tuple[int, int]) -> str:
-        named = f"{len(labels)} classes ({labels[0]}, …), " if classes else ""
-        return f"{named}{channels} channel{'s' * (channels > 1)}, {size[0]}×{size[1]} pixels"
-
-    config = getattr(model.config, "vision_config", model.config)
-    # a ConvNeXt takes any size, and so has a size that means nothing
-    size = data.image_size if hasattr(config, "depths") else as_pair(config.image_size)
-    fits = (config.num_channels, tuple(size)) == (data.num_channels, tuple(data.image_size))
-    if classes:
-        fits &= model.config.num_labels == data.num_labels
-        # what a grid's classes count is in their names only; those of photographs are spelled differently by everyone
-        names = dict(model.config.id2label)
-        fits &= not data.has_truth or names[0].startswith("LABEL_") or names == dict(data.id2label)
-    if not fits:
-        raise VDMError("the classifier was not trained for this dataset", where=job,
-                       expected=describe(data.id2label, data.num_channels, data.image_size),
-                       got=describe(model.config.id2label, config.num_channels, size),
-                       fix="train one with train-base, or change the data options or --from_pretrained")  # fmt: skip
-
-
 def new_classifier(chosen: ClassifierSettings, data: Pictures):
     """The base that `train-base` starts from: a checkpoint, or random weights."""
     if chosen.from_pretrained:
@@ -209,7 +186,6 @@ def train_base(words: list[str]) -> dict:
     model = new_classifier(chosen, train)
     start_run(chosen, folder)
     metrics = train_classifier(model, train, validation, chosen, folder, chosen.checkpoint)
-    write_checksums(folder)
     return {"output_dir": str(folder)} | metrics
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -29,7 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from vdm_utils.data import AUGMENTATIONS, DATASETS, SPLITS, Pictures
 from vdm_utils.diffmask import DiffMaskOutput, VisionDiffMask, VisionDiffMaskConfig, check_numbers
 from vdm_utils.errors import VDMError, unknown_name
-from vdm_utils.vit import PatchView
+from vdm_utils.vit import PatchView, as_pair, load_classifier, save_classifier, verify_checksums, write_checksums
 
 # A layer counts as settled when its class is kept this often with this fraction of patches (De Cao et al. 2020's code);
 # with --weighted_layer_distribution it is then drawn ten times less often.
@@ -87,6 +88,8 @@ class DataSettings:
                 raise _out_of_range(name, ", ".join(map(str, choices)), value)
             if kind is int and type(value) is not int:
                 raise _out_of_range(name, "a whole number", value)
+            if kind is float and (isinstance(value, bool) or not isinstance(value, Real)):
+                raise _out_of_range(name, "a number", value)
             if kind is float:  # NaN is in no interval
                 low, high = LIMITS.get("lr" if name in ("lr_placeholder", "lr_alpha") else name, (-1e9, 1e9))
             elif kind is int:
@@ -268,6 +271,37 @@ class MetricsFile(TrainerCallback):
             pd.DataFrame(state.log_history).to_csv(Path(args.output_dir) / "metrics.csv", index=False)
 
 
+class Checksums(TrainerCallback):
+    """Puts checksums beside every checkpoint, once its last file is written: a damaged one is never resumed."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            write_checksums(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+
+
+def check_fit(model: PreTrainedModel, data: Pictures, job: str, classes: bool = True) -> None:
+    """Raise `VDMError` unless the classifier takes this dataset's pictures and, with `classes`, predicts its classes."""
+
+    def describe(labels: dict, channels: int, size: tuple[int, int]) -> str:
+        named = f"{len(labels)} classes ({labels[0]}, …), " if classes else ""
+        return f"{named}{channels} channel{'s' * (channels > 1)}, {size[0]}×{size[1]} pixels"
+
+    config = getattr(model.config, "vision_config", model.config)
+    # a ConvNeXt takes any size, and so has a size that means nothing
+    size = data.image_size if hasattr(config, "depths") else as_pair(config.image_size)
+    fits = (config.num_channels, tuple(size)) == (data.num_channels, tuple(data.image_size))
+    if classes:
+        fits &= model.config.num_labels == data.num_labels
+        # what a grid's classes count is in their names only; those of photographs are spelled differently by everyone
+        names = dict(model.config.id2label)
+        fits &= not data.has_truth or names[0].startswith("LABEL_") or names == dict(data.id2label)
+    if not fits:
+        raise VDMError("the classifier was not trained for this dataset", where=job,
+                       expected=describe(data.id2label, data.num_channels, data.image_size),
+                       got=describe(model.config.id2label, config.num_channels, size),
+                       fix="train one with train-base, or change the data options or --from_pretrained")  # fmt: skip
+
+
 def _arguments(chosen: RunSettings, output_dir: Path, optimizer: str, **more) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(output_dir),
@@ -292,14 +326,25 @@ def _finish(trainer: Trainer, chosen: RunSettings, resume: str | None) -> None:
     """Run a Trainer from the start or from a checkpoint; `resume` is a folder, 'last' or None."""
     trainer.remove_callback(PrinterCallback)  # metrics go to metrics.csv, not to stdout
     trainer.add_callback(MetricsFile)
+    trainer.add_callback(Checksums)
     trainer.add_callback(TellEpoch(trainer.train_dataset))
     if resume == "last":
         resume = get_last_checkpoint(trainer.args.output_dir)
     elif resume is not None and not Path(resume, "trainer_state.json").is_file():
         raise VDMError("nothing to resume", where="training", expected="a checkpoint-N folder of an earlier run", got=resume,
                        fix="name one, or leave it out to start anew")  # fmt: skip
+    if resume is not None:
+        verify_checksums(Path(resume))
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_state()
+
+
+def _load_weights(model: PreTrainedModel, saved: PreTrainedModel, checkpoint: str) -> None:
+    try:
+        model.load_state_dict(saved.state_dict())
+    except RuntimeError as error:
+        raise VDMError("the checkpoint is of another model", where="training", expected=type(model).__name__, got=f"{checkpoint} ({error})",
+                       fix="give the options of the interrupted run") from error  # fmt: skip
 
 
 @contextmanager
@@ -372,8 +417,7 @@ class ClassifierTrainer(Trainer):
     """
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        saved = type(self.model).from_pretrained(resume_from_checkpoint, use_safetensors=True)
-        self.model.load_state_dict(saved.state_dict())
+        _load_weights(self.model, load_classifier(resume_from_checkpoint), resume_from_checkpoint)
 
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -408,6 +452,7 @@ def train_classifier(
     Returns the validation metrics of the kept weights (`eval_accuracy` in 0..1, `eval_loss` in nats).
     """
     chosen.validate()
+    check_fit(model, train_data, "train_classifier")
     output_dir = Path(output_dir)
     steps = (
         {"eval_strategy": "steps", "save_strategy": "steps"}
@@ -435,6 +480,8 @@ def train_classifier(
     with dropped_patches(model, chosen.patch_dropout), masked_patches(model, chosen.patch_masking):
         _finish(trainer, chosen, resume)
     trainer.save_model()
+    if trainer.is_world_process_zero():
+        write_checksums(output_dir)
     model.name_or_path = str(output_dir)
     model.eval()
     return trainer.evaluate()
@@ -473,6 +520,10 @@ class DiffMaskTrainer(Trainer):
         # the other player: maximize=True makes this group *ascend* the gradient of the same backward pass
         groups.append({"params": list(diffmask.multiplier.parameters()), "lr": chosen.lr_alpha, "maximize": True})
         return torch.optim.Adam(groups, betas=(0.9, chosen.adam_beta2), fused=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        saved = VisionDiffMask.from_pretrained(resume_from_checkpoint, base=self.model.base)
+        _load_weights(self.model, saved, resume_from_checkpoint)
 
     def create_optimizer(self, model=None):
         self.optimizer = self.make_optimizer(self.model, self.chosen)
@@ -598,7 +649,7 @@ def train_diffmask(
     chosen.validate()
     output_dir = Path(output_dir)
     if not diffmask.config.base_name_or_path:  # a base that was never saved goes with the run
-        diffmask.base.save_pretrained(output_dir / "base")
+        save_classifier(diffmask.base, output_dir / "base")
         diffmask.config.base_name_or_path = str(output_dir / "base")
     # weights do not depend on what ran before in this process
     set_seed(chosen.seed)
