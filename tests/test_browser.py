@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import subprocess
@@ -35,7 +36,7 @@ SCREENSHOTS = ROOT / "build" / "screenshots"
 PATIENCE = 180_000  # milliseconds that a busy machine may take for what a quiet one does in a few seconds
 sync_api.expect.set_options(timeout=PATIENCE)
 NOTEBOOK_SECONDS = 600  # the longest that all cells of a notebook may take
-TOKEN = "a-browser-test"
+TOKEN = secrets.token_hex(16)
 SET_UP = """import torch
 from vdm_utils.data import load_data
 from vdm_utils.diffmask import VisionDiffMask
@@ -75,6 +76,8 @@ def environment(tmp_path_factory):
 
 def stop(process):
     """End a program with everything that it started: kernels live in sessions of their own and would stay."""
+    if process.poll() is not None:
+        return
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for member in family:
         with suppress(psutil.NoSuchProcess):
