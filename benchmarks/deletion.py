@@ -16,17 +16,11 @@ from transformers.utils import logging as transformers_logging
 from vdm_utils.attributions import attention_rollout, grad_cam
 from vdm_utils.data import load_data
 from vdm_utils.diffmask import VisionDiffMask
+from vdm_utils.faithfulness import bootstrap
 from vdm_utils.metrics import deletion_curves
 from vdm_utils.notebook import checkpoint
 
 DATASETS = {"cifar10": "CIFAR10", "shapes": "shapes", "digits": "digits"}
-
-
-def half_width(values: torch.Tensor) -> float:
-    """Half the width of the 95 % bootstrap interval of the mean of `values` [B]."""
-    drawn = torch.randint(len(values), (1000, len(values)), generator=torch.Generator().manual_seed(0))
-    low, high = torch.quantile(values[drawn].mean(1), torch.tensor([0.025, 0.975]))
-    return (high - low).item() / 2
 
 
 def main() -> None:
@@ -55,8 +49,9 @@ def main() -> None:
                 curves = deletion_curves(diffmask.base, pictures, method(pictures), direction == "first")
                 parts.append(torch.stack([curve.mean(1) for curve in curves]))
             probability, kl = torch.cat(parts, 1)
-            row |= {f"acc {direction}": probability.mean().item(), f"acc {direction} ±": half_width(probability)}
-            row |= {f"KL {direction}": kl.mean().item(), f"KL {direction} ±": half_width(kl)}
+            for measure, values in (("acc", probability), ("KL", kl)):
+                mean, low, high = bootstrap(values)
+                row |= {f"{measure} {direction}": mean, f"{measure} {direction} ±": (high - low) / 2}
         rows.append(row)
     table = pd.DataFrame(rows).set_index("method")
     print(table.round(3).to_string())

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from test_faults import complaint, contents
 
 from vdm_utils.__main__ import main
+from vdm_utils.checkpoints import CHECKSUMS, write_checksums
 from vdm_utils.diffmask import VisionDiffMask
-from vdm_utils.vit import CHECKSUMS, build_classifier, load_classifier, write_checksums
+from vdm_utils.vit import build_classifier, load_classifier
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = "model.safetensors"

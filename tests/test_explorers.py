@@ -33,14 +33,13 @@ from vdm_utils.gallery import (
     draw_replay,
     epsilon_explorer,
     layer_flipbook,
-    own_range,
     ranks,
     replay_explorer,
-    top_patches,
+    top_share,
 )
 from vdm_utils.notebook import checkpoint
 from vdm_utils.objective import kl_divergence
-from vdm_utils.plots import MASK_COLOURS, fade, masked_image, to_image
+from vdm_utils.plots import MASK_COLOURS, fade, masked_image, own_range, to_image
 from vdm_utils.training import DiffMaskSettings, MaskRecorder, settings, train_diffmask
 from vdm_utils.vit import build_classifier, load_classifier
 
@@ -527,8 +526,8 @@ def test_maps_are_brought_to_one_scale():
 @pytest.mark.parametrize(
     ("percent", "kept"), [(5, [1, 0, 0, 0]), (50, [1, 0, 1, 0]), (75, [1, 0, 1, 1]), (100, [1] * 4)]
 )
-def test_top_patches(percent, kept):
-    assert top_patches(torch.tensor([[3.0, -1.0], [0.0, 0.0]]), percent).flatten().tolist() == kept
+def test_top_share(percent, kept):
+    assert top_share(torch.tensor([[3.0, -1.0], [0.0, 0.0]]), percent).flatten().tolist() == kept
 
 
 @pytest.mark.parametrize("name", COMPARISON)
@@ -552,7 +551,7 @@ def test_comparison_shows_each_map_above_its_top_patches(explained, scores, monk
     _, *panels = figures[0].axes[0].images
     for (name, every), above, below in zip(scores.items(), panels[::2], panels[1::2], strict=True):
         assert (above.get_array() == own_range(every[1]).numpy()).all(), name
-        expected = to_image(fade(pixel_values[1], top_patches(every[1], 50)))
+        expected = to_image(fade(pixel_values[1], top_share(every[1], 50)))
         assert abs(below.get_array() - expected).max() < 0.01, name
         assert above.get_extent()[2] >= below.get_extent()[3] and above.get_extent()[:2] == below.get_extent()[:2]
 

@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from vdm_utils.checkpoints import write_checksums
 from vdm_utils.notebook import CHECKPOINTS
-from vdm_utils.vit import fingerprint, load_classifier, write_checksums
+from vdm_utils.vit import fingerprint, load_classifier
 
 PICTURES = "--batch_size 128 --weight_decay 0.05 --num_workers 0 --bf16 --patience 100 --add_flip --add_shift"
 # part: arguments of `python -m vdm_utils`, stage after stage; a later stage of a base goes on from the one before. The run

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import HfArgumentParser, set_seed
 from transformers.utils import logging as transformers_logging
 
+from vdm_utils.checkpoints import save_classifier
 from vdm_utils.data import Pictures, load_data
 from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.errors import VDMError, unknown_name
@@ -34,7 +35,6 @@ from vdm_utils.vit import (
     build_classifier,
     load_classifier,
     mimetic_start,
-    save_classifier,
     with_image_size,
 )
 

@@ -14,19 +14,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from vdm_utils.checkpoints import load_saved, refuse_misfits, save_classifier, write_checksums
 from vdm_utils.errors import VDMError
 from vdm_utils.gates import GateNetwork, HardConcrete, combine_votes
 from vdm_utils.objective import Multiplier, expected_l0, kl_divergence, lagrangian, mask_embeddings
-from vdm_utils.vit import (
-    PatchStates,
-    PatchView,
-    fingerprint,
-    load_classifier,
-    load_saved,
-    refuse_misfits,
-    save_classifier,
-    write_checksums,
-)
+from vdm_utils.vit import PatchStates, PatchView, fingerprint, load_classifier
 
 
 class VisionDiffMaskConfig(PreTrainedConfig):
@@ -226,18 +218,15 @@ class VisionDiffMask(PreTrainedModel):
         """
         view = self._view()
         states = view.encode(pixel_values)
-        votes = self.votes(states, layer)
-        if block > 1:
-            plane = votes.log_alpha.unflatten(-1, states.grid)  # [B, k, rows, cols]
-            pooled = F.avg_pool2d(plane, block, ceil_mode=True)  # a square over the edge counts the patches it has
-            votes = HardConcrete(pooled.flatten(2), votes.temperature, votes.low, votes.high)
-            mask = votes.rsample().prod(dim=1).view(len(plane), 1, *pooled.shape[2:])
-            mask = F.interpolate(mask, scale_factor=block, mode="nearest")[:, 0, : states.grid[0], : states.grid[1]]
-        else:
-            mask = votes.rsample().prod(dim=1)  # [B, N]
+        votes, (rows, cols) = self.votes(states, layer), states.grid
+        plane = votes.log_alpha.unflatten(-1, states.grid)  # [B, k, rows, cols]
+        shared = F.avg_pool2d(plane, block, ceil_mode=True)  # a square over the edge counts the patches it has
+        votes = HardConcrete(shared, votes.temperature, votes.low, votes.high)
+        drawn = votes.rsample().prod(dim=1, keepdim=True)  # [B, 1, squares down, squares across]
+        mask = F.interpolate(drawn, scale_factor=block, mode="nearest")[:, 0, :rows, :cols].flatten(1)  # [B, N]
         masked_logits = self.masked_logits(pixel_values, states, mask)
         kl = kl_divergence(states.logits.float(), masked_logits.float())  # [B]
-        l0 = expected_l0(votes.log_prob_nonzero.sum(dim=1))  # [B]
+        l0 = expected_l0(votes.log_prob_nonzero.sum(dim=1).flatten(1))  # [B]
         primal = lagrangian(l0.mean(), kl.mean(), self.multiplier.value[layer], self.config.eps)
         # a mean within ε still lets single images break the promise; a high quantile holds for nearly all of them
         constrained = kl.detach().quantile(self.config.kl_quantile) if self.config.kl_quantile else kl.mean()

@@ -18,7 +18,8 @@ from matplotlib.patches import Rectangle
 from vdm_utils.diffmask import Explanation, VisionDiffMask
 from vdm_utils.errors import VDMError
 from vdm_utils.explorers import Explorer, captions, choice, image_dropdown, mask_bar, named_slider, slider
-from vdm_utils.plots import MASK_COLOURS, WIDTH, fade, show_course, show_image, show_mask, to_image, to_png
+from vdm_utils.metrics import share_below, top_patches
+from vdm_utils.plots import MASK_COLOURS, WIDTH, fade, own_range, show_course, show_image, show_mask, to_image, to_png
 from vdm_utils.training import MaskRecorder
 
 COPIES = itertools.count(1)  # of flip books shown by this process: two on one page must not answer each other's buttons
@@ -67,23 +68,13 @@ def replay_explorer(recorder: MaskRecorder) -> Explorer:
 
 def ranks(scores: torch.Tensor) -> torch.Tensor:
     """Scores [rows, cols] as the share of patches that score lower, 0..1; equal scores count half."""
-    flat = scores.flatten()
-    lower = (flat[:, None] > flat).float() + (flat[:, None] == flat).float() / 2  # [N, N]
-    return lower.mean(1).view_as(scores)
+    return share_below(scores[None])[0].view_as(scores).float()
 
 
-def own_range(scores: torch.Tensor) -> torch.Tensor:
-    """Scores [rows, cols] stretched from their smallest and largest value to 0..1; a flat map becomes 0."""
-    low, high = scores.min(), scores.max()
-    return (scores - low) / (high - low).clamp(min=1e-12)
-
-
-def top_patches(scores: torch.Tensor, percent: float) -> torch.Tensor:
+def top_share(scores: torch.Tensor, percent: float) -> torch.Tensor:
     """1 for the highest `percent` of the scores [rows, cols] (at least one patch), else 0; ties in reading order."""
-    order = scores.flatten().argsort(descending=True, stable=True)
-    top = torch.zeros(scores.numel())
-    top[order[: max(1, round(scores.numel() * percent / 100))]] = 1
-    return top.view(scores.shape)
+    count = max(1, round(scores.numel() * percent / 100))
+    return top_patches(scores[None], torch.tensor([count]))[0, 0].float()
 
 
 SCALES = {"ranks": ranks, "own range 0…1": own_range}
@@ -100,7 +91,7 @@ def draw_comparison(
     cells = [("input", [to_image(image)])]
     for name, every in scores.items():
         own = every[index].detach().cpu()
-        cells.append((name, [SCALES[scale](own).numpy(), to_image(fade(image, top_patches(own, percent)))]))
+        cells.append((name, [SCALES[scale](own).numpy(), to_image(fade(image, top_share(own, percent)))]))
 
     side, gap, columns = 1.22, 0.08, 6  # inches, and the cells of a line
     tall = side * height / width

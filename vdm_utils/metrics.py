@@ -39,7 +39,13 @@ def patch_ranks(scores: torch.Tensor) -> torch.Tensor:
     if scores.dim() != 3 or scores.isnan().any():
         raise VDMError("these scores are no ranking", where="patch_ranks", expected="numbers [B, rows, cols]",
                        got=f"{list(scores.shape)}, NaN among them: {bool(scores.isnan().any())}", fix="give one number per patch")  # fmt: skip
-    return scores.flatten(1).argsort(dim=1, descending=True).argsort(dim=1)
+    return scores.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # equal ones in reading order
+
+
+def share_below(scores: torch.Tensor) -> torch.Tensor:
+    """For every patch the share of patches with lower `scores` [B, rows, cols], equal ones counting half: [B, N] in 0..1."""
+    x = scores.flatten(1)
+    return (x[:, :, None] - x[:, None]).sign().add(1).double().mean(2) / 2
 
 
 def top_patches(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

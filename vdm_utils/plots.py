@@ -35,6 +35,12 @@ def masked_image(pixel_values: torch.Tensor, pixel_mask: torch.Tensor, grey: flo
     return pixel_values * mask + grey * (1 - mask)
 
 
+def own_range(scores: torch.Tensor) -> torch.Tensor:
+    """Maps [..., rows, cols], each stretched from its smallest and largest value to 0..1; a flat map becomes 0."""
+    low, high = scores.amin((-2, -1), keepdim=True), scores.amax((-2, -1), keepdim=True)
+    return (scores - low) / (high - low).clamp(min=1e-12)
+
+
 def show_image(axes, pixel_values: torch.Tensor, title: str = "") -> None:
     """One picture [C, H, W] without ticks."""
     axes.imshow(to_image(pixel_values), interpolation="nearest")
@@ -153,8 +159,7 @@ def explanation_grid(
         "masked input": [id2label[a] + ("" if a == b else " (changed)") for a, b in zip(after, before, strict=True)],
     }
     for name, scores in (others or {}).items():
-        low, high = scores.amin((1, 2), keepdim=True), scores.amax((1, 2), keepdim=True)
-        rows[name] = (scores - low) / (high - low).clamp(min=1e-12)
+        rows[name] = own_range(scores)
     if truth is not None:
         rows["truth"] = truth
     label = "P(z ≠ 0): 0 dropped, 1 kept" + ("; other methods: scaled to 0…1" if others else "")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.errors import VDMError, unknown_name
-from vdm_utils.metrics import patch_iou
+from vdm_utils.metrics import patch_iou, share_below
 from vdm_utils.objective import kl_divergence
 from vdm_utils.vit import PatchView
 
@@ -34,13 +34,7 @@ class Check:
 
 def rank_correlation(scores: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Spearman's rank correlation of two score maps [B, rows, cols], per picture: [B], −1..1; NaN where one is constant."""
-
-    def ranks(x: torch.Tensor) -> torch.Tensor:
-        x = x.flatten(1)
-        # the mean rank of x_i among its equals is Σ_j sign(x_i − x_j), but for a factor and a constant
-        return (x[:, :, None] - x[:, None]).sign().sum(2).double()
-
-    a, b = ranks(scores), ranks(other)
+    a, b = share_below(scores) - 0.5, share_below(other) - 0.5  # ranks among equals, but for a factor, with mean 0
     return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
 
 

@@ -27,10 +27,11 @@ from transformers import (
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint
 
+from vdm_utils.checkpoints import save_classifier, verify_checksums, write_checksums
 from vdm_utils.data import AUGMENTATIONS, DATASETS, SPLITS, Pictures
 from vdm_utils.diffmask import DiffMaskOutput, VisionDiffMask, VisionDiffMaskConfig, check_numbers
 from vdm_utils.errors import VDMError, unknown_name
-from vdm_utils.vit import PatchView, as_pair, load_classifier, save_classifier, verify_checksums, write_checksums
+from vdm_utils.vit import PatchView, as_pair, load_classifier
 
 # A layer counts as settled when its class is kept this often with this fraction of patches (De Cao et al. 2020's code);
 # with --weighted_layer_distribution it is then drawn ten times less often.
