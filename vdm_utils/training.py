@@ -384,20 +384,25 @@ def masked_patches(model: PreTrainedModel, most: float) -> Iterator[None]:
     """While training, blank (zero) the embeddings of a random share of the patches, drawn per image from 0 to `most`.
 
     A classifier that never saw a missing patch answers to its absence with a class of its own ("missingness bias", Jain
-    et al. 2022, arXiv 2204.08945); one that did can be asked what it does without.
+    et al. 2022, arXiv 2204.08945); one that did can be asked what it does without. Masks leave whole regions out, so regions
+    are blanked as often as specks: the patches that go are the lowest of noise drawn on a grid 1, 2 or 4 times coarser.
     """
     if not most:
         yield
         return
-    projection = PatchView(model).projection
+    view = PatchView(model)
+    projection, (rows, cols) = view.projection, view.grid
 
     def blank(module: nn.Module, inputs, output: torch.Tensor) -> torch.Tensor:
         if not module.training:
             return output
-        # [B, N, 1], or [B, 1, rows, cols] where the projection is a bare convolution
-        shape = (*output.shape[:2], 1) if output.dim() == 3 else (len(output), 1, *output.shape[2:])
-        share = most * torch.rand(len(output), *[1] * (output.dim() - 1), device=output.device)
-        return output * (torch.rand(shape, device=output.device) >= share)
+        coarser = 2 ** int(torch.randint(3, ()))
+        noise = torch.rand(len(output), 1, max(2, rows // coarser), max(2, cols // coarser), device=output.device)
+        noise = nn.functional.interpolate(noise, size=(rows, cols), mode="bicubic").flatten(1)  # [B, N]
+        share = most * torch.rand(len(output), 1, device=output.device)
+        stays = noise.argsort(1).argsort(1) >= share * rows * cols  # [B, N]
+        # a projection puts out [B, N, d], or [B, d, rows, cols] where it is a bare convolution
+        return output * (stays.unsqueeze(-1) if output.dim() == 3 else stays.view(-1, 1, rows, cols))
 
     handle = projection.register_forward_hook(blank)
     try:
