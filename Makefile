@@ -4,8 +4,11 @@ BIN := .venv/bin
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
 # an order of magnitude above the slowest cell: a hanging kernel fails within minutes, not hours
 CELL_TIMEOUT := 600
+# files of tests, or notebooks, at a time: a file stays in one process, which computes on one thread
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup run lab test lint unit nbval planted checkpoints benchmarks clean
+.PHONY: setup run lab test lint unit nbval planted colab first-hour checkpoints benchmarks clean
 
 setup: .venv/installed
 
@@ -27,13 +30,19 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 unit: setup
-	$(BIN)/python -m pytest tests
+	$(PYTEST) tests
 
 nbval: setup  ## execute every notebook and compare its outputs with the committed ones
-	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=$(CELL_TIMEOUT) $(NOTEBOOKS)
+	$(PYTEST) --nbval --nbval-current-env --nbval-cell-timeout=$(CELL_TIMEOUT) $(NOTEBOOKS)
 
 planted: setup  ## plant every fault of tests/planted/faults.toml in a copy; each has to turn its tests red
 	$(BIN)/python tests/planted/run.py
+
+colab: setup  ## the notebooks on an imitation of Google Colab, in an environment of its own
+	$(BIN)/python tools/colab.py
+
+first-hour:  ## follow the README as a stranger: nothing but its first commands, in a folder of its own; needs root
+	$(PYTHON) tools/first_hour.py
 
 checkpoints: setup  ## train again what ships in data/checkpoints, and draw the README picture
 	$(BIN)/python tools/checkpoints.py

@@ -161,6 +161,18 @@ def test_a_block_of_patches_shares_one_vote_and_one_draw(diffmask, pictures, mon
     assert all(p.grad.abs().sum() > 0 for p in diffmask.gates[3].parameters())
 
 
+def test_shared_noise_draws_level_sets_of_one_ranking(diffmask, pictures, monkeypatch):
+    masks, original = [], diffmask.masked_logits
+    monkeypatch.setattr(diffmask, "masked_logits", lambda *inputs: masks.append(inputs[2]) or original(*inputs))
+    log_alpha = diffmask.votes(diffmask.view.encode(pictures), 0).log_alpha[:, 0]  # [B, N] of the first gate
+    for shared in (True, False):
+        masks.clear()
+        for _ in range(50):
+            diffmask(pictures, layer=0, shared_noise=shared)
+        ranked = torch.stack(masks).gather(-1, log_alpha.argsort(-1).expand(50, -1, -1))
+        assert (ranked.diff(dim=-1) >= 0).all() == shared
+
+
 def test_without_a_placeholder_patches_become_zero(base, pictures):
     diffmask = VisionDiffMask.for_classifier(base, no_placeholder=True)
     states = diffmask.view.encode(pictures)

@@ -66,6 +66,19 @@ def test_gradients_are_those_of_finite_differences():
         assert gradcheck(lambda a, q=quantity: getattr(HardConcrete(a, 0.7, -0.3, 1.2), q), log_alpha)
 
 
+def test_gates_that_share_their_noise_open_in_order_and_as_often():
+    log_alpha = torch.tensor([[-1.0, 0.5, 0.0], [2.0, -2.0, 1.0]])
+    gate = HardConcrete(log_alpha)
+    z = gate.rsample((SAMPLES,), shared=1)  # [S, 2, 3]: one number for each row of three
+    probability = gate.prob_nonzero
+    spread = (probability * (1 - probability) / SAMPLES) ** 0.5
+    assert ((z > 0).float().mean(0) - probability).abs().max() <= 4 * spread.max()  # each gate alone: nothing changed
+    ranked = z.gather(-1, log_alpha.argsort(-1).expand_as(z))
+    assert (ranked.diff(dim=-1) >= 0).all()  # together: never a lower one open and a higher one shut
+    assert ((z[:, 0, 0] > 0) != (z[:, 1, 1] > 0)).any()  # rows have noise of their own
+    assert (gate.rsample((SAMPLES,)).gather(-1, log_alpha.argsort(-1).expand_as(z)).diff(dim=-1) < 0).any()
+
+
 def test_samples_invert_the_distribution_function():
     log_alpha = torch.randn(3, 5, requires_grad=True)
     gate = HardConcrete(log_alpha)

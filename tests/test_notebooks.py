@@ -3,6 +3,7 @@
 import ast
 import io
 import re
+import symtable
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -32,11 +33,31 @@ def tagged(notebook, tag):
     return [cell for cell in code_cells(notebook) if tag in cell.metadata.get("tags", [])]
 
 
+def without_magics(source):
+    return re.sub(r"^(\s*)[!%].*$", r"\1pass", source, flags=re.M)
+
+
+def names_used_and_made(source):
+    """The names that a cell reads from the notebook, inside functions as well, and those that it binds there."""
+    tables = [symtable.symtable(without_magics(source), "cell", "exec")]
+    made = {s.get_name() for s in tables[0].get_symbols() if s.is_assigned() or s.is_imported()}
+    used = set()
+    for table in tables:  # grows on the way
+        tables += table.get_children()
+        used |= {s.get_name() for s in table.get_symbols() if s.is_referenced() and s.is_global()}
+    return used, made
+
+
+def printed_text(output):
+    """What a student can read in an output and nbval compares: nothing for a figure or a widget."""
+    text = output.get("text") or output.get("data", {}).get("text/plain", "")
+    return "" if re.match(r"<|\w+\(", text) else text
+
+
 def functions(source):
     """Name → syntax tree without docstring and annotations, for every function at the top level of `source`."""
-    source = re.sub(r"^(\s*)[!%].*$", r"\1pass", source, flags=re.M)  # magics are not Python
     found = {}
-    for node in ast.parse(source).body:
+    for node in ast.parse(without_magics(source)).body:
         if isinstance(node, ast.FunctionDef):
             if ast.get_docstring(node) is not None:
                 node.body = node.body[1:]
@@ -76,6 +97,19 @@ class TestForm:
         assert slug in colab.source
         end = "\n".join(c.source for c in notebook.cells[-3:])
         assert "What we learned" in end and "What surprised us" in end
+
+    def test_much_is_compared_and_asserted(self, path):
+        ignored = {"nbval-ignore-output", "grader"}
+        cells = [c for c in code_cells(read(path)) if not ignored & set(c.metadata.get("tags", []))]
+        assert sum(any(re.search(r"\w", printed_text(o)) for o in c.outputs) for c in cells) >= 6
+        assert sum(len(re.findall(r"^\s*(?:assert |check\()", c.source, re.M)) for c in cells) >= 4
+
+    def test_outputs_need_no_script(self, path):
+        kinds = [
+            (kind, text) for c in code_cells(read(path)) for o in c.outputs for kind, text in o.get("data", {}).items()
+        ]
+        assert not [kind for kind, _ in kinds if "javascript" in kind]
+        assert not [kind for kind, text in kinds if kind == "text/html" and "<script" in text]
 
     def test_no_paths_of_a_machine(self, path):
         assert not re.findall(r"[\"' (](?:/root|/home|/work|/tmp|/usr|[A-Z]:\\\\)\b", path.read_text())

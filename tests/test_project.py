@@ -1,5 +1,6 @@
 """The files around the code agree with each other and with what they promise."""
 
+import ast
 import importlib.util
 import json
 import re
@@ -41,7 +42,7 @@ def test_modules_import_only_what_stands_before_them():
         assert all(order.index(other) < order.index(name) for other in imported), name
 
 
-@pytest.mark.parametrize("target", ["setup", "run", "lab", "test", "planted", "checkpoints", "benchmarks"])
+@pytest.mark.parametrize("target", ["setup", "run", "lab", "test", "planted", "colab", "checkpoints", "benchmarks"])
 def test_make_knows_its_targets(target):
     assert subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True).returncode == 0
 
@@ -95,7 +96,7 @@ CHECKPOINTS = sorted(path.parent for path in (ROOT / "data" / "checkpoints").glo
 def test_checkpoints_are_what_their_cards_say(folder):
     card = json.loads((folder / "card.json").read_text())
     assert card["command"] and card["data"] and card["validation"]
-    if folder.name == "base":
+    if folder.name.startswith("base"):
         assert fingerprint(load_classifier(folder)) == card["fingerprint"]
     else:
         diffmask = VisionDiffMask.from_pretrained(folder)  # refuses another base
@@ -114,3 +115,121 @@ def test_checkpoints_are_small_and_complete():
         for job, *words in map(str.split, stages):
             kind = ClassifierSettings if job == "train-base" else DiffMaskSettings
             parse(kind, job, words)
+
+
+# ---------------------------------------------------------------- nothing runs what it was given
+
+RUNS_TEXT = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "os.system",
+    "os.popen",
+    "subprocess.getoutput",
+    "subprocess.getstatusoutput",
+}
+UNPICKLES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def dangers(source):
+    """What in a Python text would run or unpickle something it was given, whatever name it was imported by."""
+    tree, names, found = ast.parse(source), {}, []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.asname: alias.name for alias in node.names if alias.asname}
+            found += [alias.name for alias in node.names if alias.name.partition(".")[0] in UNPICKLES]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found += [node.module] if node.module.partition(".")[0] in UNPICKLES else []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            root, dot, rest = ast.unparse(node.func).removeprefix("builtins.").partition(".")
+            name, given = names.get(root, root) + dot + rest, {word.arg: word.value for word in node.keywords}
+            safe = {
+                key
+                for key, value in given.items()
+                if isinstance(value, ast.Constant) and value.value is (key != "shell")
+            }
+            found += [name] * (name in RUNS_TEXT or name == "torch.load" and "weights_only" not in safe)
+            found += [f"{name} with shell"] * ("shell" in given and "shell" not in safe)
+            found += [name] * (name.endswith(".load") and "allow_pickle" in given or name == "yaml.load")
+    return found
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "eval(text)", "exec(text)", "import builtins; builtins.eval(text)", "from os import system as s; s(text)",
+        "import os as o; o.system(text)", "import subprocess; subprocess.run(text, shell=True)",
+        "from subprocess import run; run(text, shell=wanted)", "import pickle; pickle.load(file)",
+        "from pickle import loads; loads(data)", "import torch; torch.load(file)",
+        "from torch import load; load(file, weights_only=False)", "import torch as t; t.load(file, weights_only=flag)",
+        "import numpy as np; np.load(file, allow_pickle=True)", "import yaml; yaml.load(text)",
+    ],
+)  # fmt: skip
+def test_a_planted_danger_is_seen(line):
+    assert dangers(f"def innocent(text, file, data, flag, wanted):\n    {line}")
+
+
+def test_harmless_lines_are_no_dangers():
+    lines = (
+        "model.eval()",
+        "re.compile(text)",
+        "subprocess.run(words, shell=False)",
+        "torch.load(file, weights_only=True)",
+    )
+    assert [line for line in lines if dangers(line)] == []
+
+
+def test_the_project_runs_nothing_that_it_was_given():
+    files = [path for folder in ("vdm_utils", "tools", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 20
+    found = {str(path.relative_to(ROOT)): dangers(path.read_text(encoding="utf-8")) for path in files}
+    for path in NOTEBOOKS:  # apart from the cell that installs on Colab, they call no shell either
+        cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+        sources = [cell.source for cell in cells if "colab" not in cell.metadata.get("tags", [])]
+        found[path.name] = [line for s in sources for line in re.findall(r"^\s*[!%].*", s, re.M)]
+        found[path.name] += [danger for s in sources if not re.search(r"^\s*[!%]", s, re.M) for danger in dangers(s)]
+    assert {name: what for name, what in found.items() if what} == {}
+
+
+SCRIPT = re.compile(r"<script|javascript:|<iframe|<[^>]+\son\w+\s*=", re.I)
+HOME = re.compile(r"(?<![\w.])(/(root|home|Users)/|~/|[A-Z]:\\\\Users)")
+
+
+def refused(notebook):
+    """Outputs of a notebook that would run in a reader's browser, and home folders anywhere in it."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    data = [(kind, str(value)) for output in outputs for kind, value in output.get("data", {}).items()]
+    found = [kind for kind, _ in data if "javascript" in kind]
+    found += [
+        text for kind, text in data if kind in ("text/html", "image/svg+xml", "text/markdown") and SCRIPT.search(text)
+    ]
+    printed = [text for kind, text in data if kind.startswith("text/")] + [str(o.get("text", "")) for o in outputs]
+    return found + [match[0] for text in [c.source for c in notebook.cells] + printed for match in HOME.finditer(text)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_committed_outputs_run_nothing_and_name_no_home(path):
+    assert refused(nbformat.read(path, 4)) == []
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        {"application/javascript": "alert(1)"}, {"text/html": "<b onclick='x()'>"}, {"text/html": "<SCRIPT>x()</SCRIPT>"},
+        {"image/svg+xml": "<svg><script/></svg>"}, {"text/plain": "saved in /home/somebody/runs"}, {"text/plain": "~/runs"},
+    ],
+)  # fmt: skip
+def test_a_planted_output_is_refused(output):
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell("1", outputs=[nbformat.v4.new_output("display_data", output)])]
+    )
+    assert refused(notebook)
+
+
+def test_actions_are_pinned():
+    used = re.findall(r"uses:\s*(\S+)", "\n".join(p.read_text() for p in (ROOT / ".github").rglob("*.yml")))
+    assert used and all(re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", action) for action in used), used

@@ -76,6 +76,11 @@ TASKS = {
             f"train-base --dataset CIFAR10 {PICTURES} --lr 2e-4 --lr_schedule linear --warmup_steps 20 --num_epochs 2 --seed 9",
         ],
         "diffmask": ["train --recipe pictures --dataset CIFAR10 --max_steps 2500 --seed 0"],
+        # the same classifier, taught to do without specks and whole regions of a picture
+        "base-regions": [
+            f"train-base --dataset CIFAR10 {PICTURES} --lr 5e-4 --lr_schedule linear --warmup_steps 50 --patch_masking 0.8 "
+            "--num_epochs 6 --seed 10"
+        ],
     },
 }
 KEPT = ("config.json", "model.safetensors")
@@ -124,7 +129,7 @@ def main() -> None:
                 "CPU threads": torch.get_num_threads(),
                 "validation": {k: v for k, v in metrics.items() if k.startswith("eval_") and "second" not in k and k != "eval_runtime"},
             }  # fmt: skip
-            if part == "base":
+            if part.startswith("base"):
                 card["fingerprint"] = fingerprint(load_classifier(str(target)))
             else:
                 card["fingerprint of the base"] = json.loads((target / "config.json").read_text())["base_fingerprint"]

@@ -3,16 +3,79 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import os
-from collections.abc import Callable
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, is_offline_mode
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
 from vdm_utils.errors import VDMError
 
+if TYPE_CHECKING:  # takes seconds to import, and only training needs it
+    from transformers import Trainer
+
+logger = logging.getLogger(__name__)
+
 CHECKSUMS = "SHA256SUMS"  # its format is that of the program: `sha256sum -c SHA256SUMS` checks a folder as well
+STATE = "trainer_state.json"  # the last file that a Trainer writes into a checkpoint
+HUB_SECONDS = 5.0  # a Hub that has not answered one short question by then is taken for out of reach
+
+# ---------------------------------------------------------------- writing
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Raise `VDMError` where nothing can be written to `folder`: the disk is full, read-only or gone."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # what Python, torch and safetensors raise then
+        raise VDMError("cannot save the run", where=str(folder), expected="a folder of yours on a disk with room", got=error,
+                       fix="free some space, then resume from 'last': earlier checkpoints are whole; or name another folder") from error  # fmt: skip
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder, and raise `VDMError` now, not at the first checkpoint, where nothing can be written to it."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(2**16))
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text under another name first: whoever is interrupted leaves the old file or the new one."""
+    part = file.with_name(f"{file.name}.part")
+    with writing(file.parent):
+        part.write_text(text, encoding="utf-8")
+        part.replace(file)
+
+
+def guard_saving(trainer: Trainer) -> None:
+    """Make a Trainer raise `VDMError` where it cannot save, and forget a checkpoint before it writes it anew.
+
+    Without its `STATE` a checkpoint is not whole (`last_checkpoint`), whatever an earlier, interrupted save left in it.
+    """
+    folder, save_checkpoint = Path(trainer.args.output_dir), trainer._save_checkpoint
+
+    def save_anew(*args, **kwargs):
+        if trainer.is_world_process_zero():
+            (folder / f"checkpoint-{trainer.state.global_step}" / STATE).unlink(missing_ok=True)
+        save_checkpoint(*args, **kwargs)
+
+    trainer._save_checkpoint = writing(folder)(save_anew)
+    trainer.save_model = writing(folder)(trainer.save_model)
+    trainer.save_state = writing(folder)(trainer.save_state)
+
+
+# ---------------------------------------------------------------- checksums
 
 
 def _checksums(folder: Path) -> dict[str, str]:
@@ -29,8 +92,8 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 def write_checksums(folder: Path) -> None:
     """Put `SHA256SUMS` beside a saved model, for `verify_checksums`."""
-    lines = [f"{digest}  {name}\n" for name, digest in _checksums(folder).items()]
-    (folder / CHECKSUMS).write_text("".join(lines))
+    with writing(folder):
+        write_whole(folder / CHECKSUMS, "".join(f"{digest}  {name}\n" for name, digest in _checksums(folder).items()))
 
 
 def verify_checksums(folder: Path) -> None:
@@ -53,10 +116,54 @@ def verify_checksums(folder: Path) -> None:
                        got=f"{', '.join(altered)} differ", fix=f"copy the folder again; after a change of your own, delete {CHECKSUMS}")  # fmt: skip
 
 
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last `checkpoint-N` of a run that is whole; those after it are passed over with a warning.
+
+    A save that was interrupted left a part of the files. Checksums are written last, so a checkpoint that has `STATE` and
+    whose files are those that they list was saved to the end.
+    """
+    steps = {int(path.name[11:]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()}
+    for _, checkpoint in sorted(steps.items(), reverse=True):
+        try:
+            json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+            (checkpoint / CHECKSUMS).stat()
+            verify_checksums(checkpoint)
+            return checkpoint
+        except (OSError, ValueError) as error:  # missing; half a JSON text, or files that the checksums do not fit
+            logger.warning("passed over, not whole: %s (%s)", checkpoint, " ".join(str(error).split())[:200])
+    return None
+
+
 def save_classifier(model: PreTrainedModel, folder: str | Path) -> None:
     """`model.save_pretrained(folder)`, with checksums beside it."""
-    model.save_pretrained(folder)
-    write_checksums(Path(folder))
+    with writing(Path(folder)):
+        model.save_pretrained(folder)
+        write_checksums(Path(folder))
+
+
+# ---------------------------------------------------------------- loading
+
+
+def hub_trouble(name: str, revision: str = "main") -> str | None:
+    """Why the Hub does not give this model, or None when it does: asked for its config, once, within `HUB_SECONDS`.
+
+    `from_pretrained` itself goes on asking a Hub that does not answer for minutes (huggingface_hub 2.4: 10 s for a file,
+    then five times 60 s).
+    """
+    answers = []
+
+    def ask() -> None:
+        try:
+            get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=HUB_SECONDS)
+            answers.append(None)
+        except Exception as error:  # httpx's, huggingface_hub's, OSError … depending on what is wrong
+            answers.append(f"{type(error).__name__}: {str(error).strip()}".splitlines()[0])
+
+    # a thread of its own: looking up a host's name obeys no timeout
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_SECONDS)
+    return answers[0] if answers else f"no answer within {HUB_SECONDS:.0f} s"
 
 
 def load_saved(
@@ -65,18 +172,26 @@ def load_saved(
     """A saved model through a `from_pretrained` of transformers, and which of its weights are missing, of another shape, or
     in the file only; safetensors only, no remote code.
 
+    A model of the Hub is taken from the local cache, with a warning, where the Hub cannot be reached or has it no more.
+
     Raises:
         VDMError: when there is no such model, or it cannot be read, was altered, or holds NaN or infinite weights.
     """
     verify_checksums(Path(str(name_or_path)))
+    name, trouble = str(name_or_path), None
+    if not (os.path.exists(name) or is_offline_mode() or options.get("local_files_only")):
+        trouble = hub_trouble(name, options.get("revision", "main"))
+        options["local_files_only"] = trouble is not None
     try:
         # without ignore_mismatched_sizes transformers raises an error that names no weight
-        model, report = load(str(name_or_path), use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+        model, report = load(name, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
                              ignore_mismatched_sizes=True, **options)  # fmt: skip
     except Exception as error:  # transformers raises OSError, ValueError, SafetensorError … depending on the cause
         raise VDMError(f"cannot load the {what}", where=where, expected="a folder written by save_pretrained or a Hub name",
-                       got=f"{name_or_path} ({str(error).splitlines()[0] if str(error) else error!r})",
+                       got=f"{name} ({trouble or (str(error).splitlines()[0] if str(error) else repr(error))})",
                        fix="check the name, or the network") from error  # fmt: skip
+    if trouble:
+        logger.warning("the Hub does not give %s (%s): using the copy in the cache", name, trouble)
     misfits = {*report["missing_keys"], *report["unexpected_keys"], *(name for name, *_ in report["mismatched_keys"])}
     loaded = {name: weight for name, weight in model.state_dict().items() if name not in misfits}
     broken = [name for name, weight in loaded.items() if not weight.isfinite().all()]

@@ -209,10 +209,13 @@ class VisionDiffMask(PreTrainedModel):
         blended = mask_embeddings(embeddings, mask.flatten(1).to(embeddings.dtype), placeholder)
         return self._view().logits(pixel_values, blended)
 
-    def forward(self, pixel_values: torch.Tensor, layer: int, block: int = 1) -> DiffMaskOutput:
+    def forward(
+        self, pixel_values: torch.Tensor, layer: int, block: int = 1, shared_noise: bool = False
+    ) -> DiffMaskOutput:
         """One draw of the objective at depth `layer` (0..K−1): votes 0..layer sampled, multiplied and applied.
 
         `block` > 1: the patches of a block × block square share one vote, the mean of their log_alpha, and one draw.
+        `shared_noise`: all patches of an image share one random number per gate (`HardConcrete.rsample`).
         One backward pass through `loss` gives the descent direction of gates and placeholder and the ascent
         direction of the multiplier.
         """
@@ -222,7 +225,7 @@ class VisionDiffMask(PreTrainedModel):
         plane = votes.log_alpha.unflatten(-1, states.grid)  # [B, k, rows, cols]
         shared = F.avg_pool2d(plane, block, ceil_mode=True)  # a square over the edge counts the patches it has
         votes = HardConcrete(shared, votes.temperature, votes.low, votes.high)
-        drawn = votes.rsample().prod(dim=1, keepdim=True)  # [B, 1, squares down, squares across]
+        drawn = votes.rsample(shared=2 * shared_noise).prod(dim=1, keepdim=True)  # [B, 1, squares down, squares across]
         mask = F.interpolate(drawn, scale_factor=block, mode="nearest")[:, 0, :rows, :cols].flatten(1)  # [B, N]
         masked_logits = self.masked_logits(pixel_values, states, mask)
         kl = kl_divergence(states.logits.float(), masked_logits.float())  # [B]

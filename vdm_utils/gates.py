@@ -32,9 +32,14 @@ class HardConcrete(Distribution):
         self.log_alpha, self.temperature, self.low, self.high = log_alpha, temperature, low, high
         super().__init__(batch_shape=log_alpha.shape, validate_args=False)
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> torch.Tensor:  # noqa: B008 (torch's own signature)
-        """A sample z of shape `sample_shape + log_alpha.shape` through which gradients reach log_alpha."""
+    def rsample(self, sample_shape: torch.Size = torch.Size(), shared: int = 0) -> torch.Tensor:  # noqa: B008 (torch's own signature)
+        """A sample z of shape `sample_shape + log_alpha.shape` through which gradients reach log_alpha.
+
+        `shared`: so many last dimensions have one random number in common. Every gate's own distribution stays what it was,
+        but the gates of an image now open in the order of their log_alpha: the open ones are the top of a ranking.
+        """
         shape = self._extended_shape(torch.Size(sample_shape))
+        shape = (*shape[: len(shape) - shared], *[1] * shared)
         tiny = torch.finfo(self.log_alpha.dtype).eps
         u = torch.rand(shape, dtype=self.log_alpha.dtype, device=self.log_alpha.device).clamp(tiny, 1 - tiny)
         return hard_concrete_sample(self.log_alpha, u, self.temperature, self.low, self.high)

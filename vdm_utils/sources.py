@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image, ImageOps
 from torchvision.datasets import CIFAR10, MNIST
 from torchvision.transforms.v2 import functional as transforms
@@ -222,6 +223,24 @@ def own_folder(split: str, data_dir, *, side: int, seed: int, skip_unreadable: b
                         folders={"train": "train", "validation": validation, "test": "test"})  # fmt: skip
 
 
+def drop_half_unpacked(folder: Path) -> None:
+    """Delete files of MNIST that are shorter than their heads say: a killed unpacking leaves such, and torchvision, which only
+    looks whether a file is there, would never unpack it again."""
+    for file in folder.glob("*-ubyte"):
+        head = np.fromfile(file, ">i4", count=4)  # a number whose last byte says how many sizes follow it, and these
+        shape = head[1 : 1 + head[0] % 256] if len(head) == 4 else head
+        if len(head) < 4 or file.stat().st_size < 4 + 4 * len(shape) + shape.prod(dtype=np.int64):
+            file.unlink()
+
+
+def download(dataset: type[MNIST | CIFAR10], place: Path, part: str) -> MNIST | CIFAR10:
+    """torchvision's download, by one process at a time: those that waited find the files and ask for nothing."""
+    place.mkdir(parents=True, exist_ok=True)
+    with FileLock(place / f".{dataset.__name__}.lock"):  # the system opens it when its holder is killed
+        drop_half_unpacked(place / "MNIST" / "raw")  # of CIFAR-10 every file is checked
+        return dataset(str(place), train=part == "train", download=True)
+
+
 def downloadable(name: str, split: str, data_dir, seed: int) -> ImageSet:
     """MNIST or CIFAR10: an image folder, else torchvision's own files, else torchvision's download."""
     dataset = {"MNIST": MNIST, "CIFAR10": CIFAR10}[name]
@@ -241,7 +260,7 @@ def downloadable(name: str, split: str, data_dir, seed: int) -> ImageSet:
         for attempt, place in enumerate([*places, places[0]]):
             last = attempt == len(places)  # nothing found anywhere: download to the first place
             try:
-                found = dataset(str(place), train=part == "train", download=last)
+                found = download(dataset, place, part) if last else dataset(str(place), train=part == "train", download=False)
             except Exception as error:  # torchvision raises RuntimeError, URLError, OSError … depending on the failure
                 if last:
                     raise VDMError(f"{name} is not here and cannot be downloaded", where="load_data", expected=f"{name.lower()}/{part}/<class>/* "

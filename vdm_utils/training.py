@@ -25,9 +25,18 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import rotate_checkpoints
 
-from vdm_utils.checkpoints import save_classifier, verify_checksums, write_checksums
+from vdm_utils.checkpoints import (
+    STATE,
+    check_writable,
+    guard_saving,
+    last_checkpoint,
+    save_classifier,
+    verify_checksums,
+    write_checksums,
+    write_whole,
+)
 from vdm_utils.data import AUGMENTATIONS, DATASETS, SPLITS, Pictures
 from vdm_utils.diffmask import DiffMaskOutput, VisionDiffMask, VisionDiffMaskConfig, check_numbers
 from vdm_utils.errors import VDMError, unknown_name
@@ -188,6 +197,7 @@ class DiffMaskSettings(RunSettings):
         0.0, "share of the steps spent on the last gate, whose mask is the one that is shown"
     )
     block_share: float = option(0.0, "first share of the steps in which squares of 2 × 2 patches share one gate")
+    shared_noise: bool = option(False, "draw one random number per gate for all patches of an image, not one for each")
     weighted_layer_distribution: bool = option(False, "draw layers that are already accurate and sparse less often")
 
     def config(self) -> dict:
@@ -269,15 +279,24 @@ class MetricsFile(TrainerCallback):
 
     def on_log(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            pd.DataFrame(state.log_history).to_csv(Path(args.output_dir) / "metrics.csv", index=False)
+            write_whole(Path(args.output_dir, "metrics.csv"), pd.DataFrame(state.log_history).to_csv(index=False))
 
 
 class Checksums(TrainerCallback):
-    """Puts checksums beside every checkpoint, once its last file is written: a damaged one is never resumed."""
+    """Puts checksums beside every checkpoint, once its last file is written: a damaged one is never resumed.
+
+    Only then older ones are deleted, but for `keep` of them, the best included: one that is whole is always left.
+    """
+
+    def __init__(self, keep: int):
+        self.keep = keep
 
     def on_save(self, args, state, control, **kwargs):
+        if args.world_size > 1:
+            torch.distributed.barrier()  # every process writes its own random state
         if state.is_world_process_zero:
             write_checksums(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+            rotate_checkpoints(args.output_dir, self.keep, state.best_model_checkpoint, use_mtime=True)
 
 
 def check_fit(model: PreTrainedModel, data: Pictures, job: str, classes: bool = True) -> None:
@@ -304,6 +323,7 @@ def check_fit(model: PreTrainedModel, data: Pictures, job: str, classes: bool = 
 
 
 def _arguments(chosen: RunSettings, output_dir: Path, optimizer: str, **more) -> TrainingArguments:
+    check_writable(output_dir)
     return TrainingArguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=chosen.batch_size,
@@ -327,16 +347,19 @@ def _finish(trainer: Trainer, chosen: RunSettings, resume: str | None) -> None:
     """Run a Trainer from the start or from a checkpoint; `resume` is a folder, 'last' or None."""
     trainer.remove_callback(PrinterCallback)  # metrics go to metrics.csv, not to stdout
     trainer.add_callback(MetricsFile)
-    trainer.add_callback(Checksums)
+    # Trainer would delete an old checkpoint while the new one still lacks its checksums
+    trainer.add_callback(Checksums(keep=trainer.args.save_total_limit))
+    trainer.args.save_total_limit = None
     trainer.add_callback(TellEpoch(trainer.train_dataset))
+    guard_saving(trainer)
     if resume == "last":
-        resume = get_last_checkpoint(trainer.args.output_dir)
-    elif resume is not None and not Path(resume, "trainer_state.json").is_file():
+        resume = last_checkpoint(Path(trainer.args.output_dir))
+    elif resume is not None and not Path(resume, STATE).is_file():
         raise VDMError("nothing to resume", where="training", expected="a checkpoint-N folder of an earlier run", got=resume,
                        fix="name one, or leave it out to start anew")  # fmt: skip
     if resume is not None:
         verify_checksums(Path(resume))
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=resume and str(resume))
     trainer.save_state()
 
 
@@ -567,7 +590,8 @@ class DiffMaskTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         layer = self.draw_layer()
         blocks = self.state.global_step < self.chosen.block_share * self.state.max_steps
-        output: DiffMaskOutput = model(inputs["pixel_values"], layer=layer, block=BLOCK if blocks else 1)
+        block, shared = BLOCK if blocks else 1, self.chosen.shared_noise
+        output: DiffMaskOutput = model(inputs["pixel_values"], layer=layer, block=block, shared_noise=shared)
         self.recent.append(torch.stack([output.kl.mean(), output.l0.mean()]))
         with torch.no_grad():  # running averages over about 10 visits of the layer
             seen = torch.stack([output.unchanged.mean(), output.l0.mean()])

@@ -1,0 +1,190 @@
+"""What README.md says is kept by tests (`promises.toml` says which), and its numbers are those of files and shipped models."""
+
+import ast
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import torch
+
+from vdm_utils.__main__ import parse
+from vdm_utils.data import load_data
+from vdm_utils.diffmask import VisionDiffMask
+from vdm_utils.notebook import checkpoint
+from vdm_utils.training import ClassifierSettings, DiffMaskSettings
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROMISES = tomllib.loads((ROOT / "tests" / "promises.toml").read_text(encoding="utf-8"))["promises"]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+
+
+def flat(text):
+    """Without the line breaks, which are nobody's promise."""
+    return " ".join(text.split())
+
+
+def chapter(heading):
+    """The text of one `## heading`."""
+    return re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", README, re.S | re.M).group(1)
+
+
+def claim(title):
+    """The paragraphs and tables that begin with **title** in the chapter of measurements."""
+    return re.search(rf"^\*\*{re.escape(title)}\*\*(.*?)(?=^\*\*|\Z)", chapter("What was measured"), re.S | re.M).group(
+        1
+    )
+
+
+def names_of_tests(path):
+    """Names of the tests of a file, those of a class as Class::name."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}::{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+    return {name for name in found if name.rpartition("::")[2].startswith("test_")}
+
+
+@pytest.mark.parametrize("entry", PROMISES, ids=lambda entry: entry["promise"][:40])
+def test_a_promise_stands_in_the_readme_and_is_kept(entry):
+    assert flat(entry["promise"]) in flat(README)
+    assert entry["kept_by"]
+    for test in entry["kept_by"]:
+        file, _, name = test.partition("::")
+        path = ROOT / file
+        # a notebook keeps what its cells assert or print: nbval executes it and compares
+        assert path in NOTEBOOKS if file.endswith(".ipynb") else name in names_of_tests(path), test
+
+
+def unkept(paragraphs):
+    promises = [flat(entry["promise"]) for entry in PROMISES]
+    return [text[:60] for text in map(flat, paragraphs) if not any(promise in text for promise in promises)]
+
+
+def test_every_measurement_and_difference_has_a_promise():
+    measured = re.split(r"^(?=\*\*)", chapter("What was measured"), flags=re.M)[1:]
+    different = re.split(r"^(?=- )", chapter("What differs from the published implementation"), flags=re.M)[1:]
+    rows = re.findall(r"^\| \[.*$", chapter("The notebooks"), re.M)
+    assert len(measured) >= 10 and len(different) >= 7 and len(rows) == len(NOTEBOOKS)
+    assert unkept([*measured, *different, *rows]) == []
+    for heading in ("From the command line", "The notebooks"):
+        assert unkept([chapter(heading)]) == []
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def rows(text):
+    """The cells of every table row below a header, without bold type and interval."""
+    lines = [line.strip().strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return [[re.sub(r"\*\*| [±(].*", "", cell).strip() for cell in line] for line in lines[2:]]
+
+
+def agrees(told, value):
+    """Whether a printed number is `value`, rounded; a tenth of its last digit is left to other machines."""
+    return abs(float(told) - value) <= 0.6 * 10.0 ** -len(told.partition(".")[2])
+
+
+def test_recovery_table_is_that_of_the_runs():
+    runs = pd.read_csv(ROOT / "benchmarks" / "results" / "toy_recovery.csv")
+    runs = runs[runs["without"] == "recipe"]
+    runs["found"] = (runs["iou"] >= 0.99) & (runs["feasible"] >= 0.99)
+    table = rows(claim("Recovery"))
+    assert len(table) >= 5
+    for task, found, iou, js, kl, feasible in table:
+        size = int(task[0])
+        other, one = runs["class"] != 3, runs["class"] == 3
+        chosen = runs[(runs["grid"] == size) & (other if "other colour" in task else one)]
+        assert re.findall(r"\d+", found) == [str(chosen["found"].sum()), str(len(chosen))], task
+        measured = chosen["iou"].min(), chosen["js"].max(), chosen["kl"].mean(), chosen["feasible"].min()
+        assert all(agrees(told, value) for told, value in zip((iou, js, kl, feasible), measured)), task
+
+
+def test_deletion_tables_are_those_of_the_runs():
+    names = {"attention rollout": "rollout", "random order": "random"}
+    shapes = pd.read_csv(ROOT / "benchmarks" / "results" / "deletion_shapes.csv", index_col="method")
+    for name, first, last in rows(claim("Shapes")):
+        run = shapes.loc[names.get(name, name)]
+        assert agrees(first, run["acc first"]) and agrees(last, run["acc last"]), name
+    cifar = pd.read_csv(ROOT / "benchmarks" / "results" / "deletion_cifar10.csv", index_col="method")
+    told = re.search(r"\(([\d.]+) important first, ([\d.]+) unimportant first\).*?\(([\d.]+), ([\d.]+); rollout ([\d.]+), ([\d.]+);",
+                     flat(claim("CIFAR-10"))).groups()  # fmt: skip
+    values = [
+        cifar.loc[name, column] for name in ("DiffMask", "random", "rollout") for column in ("acc first", "acc last")
+    ]
+    assert all(map(agrees, told, values))
+
+
+def test_truth_table_is_that_of_the_notebook():
+    (notebook,) = [path for path in NOTEBOOKS if path.name.startswith("07")]
+    outputs = [str(o.get("text", "")) for c in nbformat.read(notebook, 4).cells for o in c.get("outputs", [])]
+    (printed,) = [text for text in outputs if "pointing game" in text]
+    measured = {line.split("  ")[0].lower(): re.findall(r"([\d.]+) \(", line) for line in printed.splitlines()[1:]}
+    single = [row for row in rows(claim("Against the truth")) if row[0].lower() in measured]
+    assert len(single) >= 6
+    assert {name.lower(): numbers for name, *numbers in single} == {
+        row[0].lower(): measured[row[0].lower()] for row in single
+    }
+
+
+MASKS = [
+    ("Digits", "digits", "digits", "validation", 270),
+    ("Shapes", "shapes", "shapes", "test", 1000),
+    ("Counting digits", "digits-count", "digits_QA", "test", 1000),
+]
+NUMBERS = {
+    "right": r"(?:classifier|exact on) ([\d.]+) %",
+    "kept": r"keep ([\d.]+) % of the patches",
+    "kl": r"mean KL ([\d.]+)",
+    "feasible": r"KL ≤ ε on ([\d.]+) %",
+    "unchanged": r"(?:prediction unchanged|same count) on ([\d.]+) %",
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("title", "task", "data", "split", "pictures"), MASKS, ids=[row[1] for row in MASKS])
+def test_shipped_masks_do_what_the_readme_says(title, task, data, split, pictures):
+    diffmask, data = VisionDiffMask.from_pretrained(checkpoint(task, "diffmask")), load_data(data, split)
+    values = []
+    for start in range(0, pictures, 250):
+        batch = data.batch(range(start, min(start + 250, pictures)))
+        shown = diffmask.explain(batch["pixel_values"])
+        before, after = shown.logits.argmax(-1), shown.masked_logits.argmax(-1)
+        values.append(
+            torch.stack([before == batch["labels"], shown.kept, shown.kl, shown.kl <= 0.1, before == after], dim=1)
+        )
+    measured = dict(zip(NUMBERS, torch.cat(values).mean(dim=0).tolist()))
+    for name, pattern in NUMBERS.items():
+        told = re.search(pattern, flat(claim(title))).group(1)
+        assert agrees(told, measured[name] * (1 if name == "kl" else 100)), (name, told, measured[name])
+
+
+def test_planted_faults_are_counted():
+    (told,) = re.findall(r"plants (\d+) one-line faults", flat(README))
+    assert int(told) == len(
+        tomllib.loads((ROOT / "tests" / "planted" / "faults.toml").read_text(encoding="utf-8"))["fault"]
+    )
+
+
+# ---------------------------------------------------------------- commands
+
+
+def test_commands_of_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(
+        r"\bmake ([a-z][\w-]*)\b(?= |`|$)", "\n".join(re.findall(r"`make [^`]*`|^make .*", README, re.M)), re.M
+    )
+    assert len(targets) >= 6 and all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
+    for program in re.findall(r"python (benchmarks/\w+\.py)", README):
+        assert (ROOT / program).is_file()
+    lines = re.findall(r"^python -m vdm_utils (.+)$", chapter("From the command line"), re.M)
+    assert len(lines) >= 4
+    for job, *words in [shlex.split(line, comments=True) for line in lines]:
+        if job in ("train", "train-base"):
+            parse(ClassifierSettings if job == "train-base" else DiffMaskSettings, job, words)
