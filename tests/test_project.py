@@ -42,7 +42,9 @@ def test_modules_import_only_what_stands_before_them():
         assert all(order.index(other) < order.index(name) for other in imported), name
 
 
-@pytest.mark.parametrize("target", ["setup", "run", "lab", "test", "planted", "colab", "checkpoints", "benchmarks"])
+@pytest.mark.parametrize(
+    "target", ["setup", "run", "lab", "test", "planted", "colab", "first-hour", "checkpoints", "benchmarks"]
+)
 def test_make_knows_its_targets(target):
     assert subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True).returncode == 0
 

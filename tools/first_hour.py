@@ -56,7 +56,7 @@ def clone(place: Path, uncommitted: bool) -> None:
 
 def script(commands: list[str]) -> str:
     """The commands in one shell, up to the first that fails; seconds, exit code and line of each go to `facts`."""
-    lines = ['facts="$PWD/facts"', 'touch /var/tmp/first_hour 2>/dev/null && echo "not isolated" && exit 3']
+    lines = ['facts="$PWD/facts"', '[ -w /var/tmp ] && echo "not isolated: /var/tmp can be written to" && exit 3']
     for command in commands:
         told = shlex.quote(command)
         lines += [f"printf '\\n$ %s\\n' {told}", "SECONDS=0", command, "code=$?"]

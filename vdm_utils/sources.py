@@ -260,7 +260,11 @@ def downloadable(name: str, split: str, data_dir, seed: int) -> ImageSet:
         for attempt, place in enumerate([*places, places[0]]):
             last = attempt == len(places)  # nothing found anywhere: download to the first place
             try:
-                found = download(dataset, place, part) if last else dataset(str(place), train=part == "train", download=False)
+                found = (
+                    download(dataset, place, part)
+                    if last
+                    else dataset(str(place), train=part == "train", download=False)
+                )
             except Exception as error:  # torchvision raises RuntimeError, URLError, OSError … depending on the failure
                 if last:
                     raise VDMError(f"{name} is not here and cannot be downloaded", where="load_data", expected=f"{name.lower()}/{part}/<class>/* "
