@@ -110,7 +110,7 @@ def assert_only_kept_patches_matter(model):
     view, (rows, cols) = diffmask.view, diffmask.view.grid
     pixel_values = torch.randn(2, 3, *view.image_size)
     kept = torch.zeros(rows, cols, dtype=torch.bool)
-    kept[0, 1] = kept[-1, -1] = kept[1, 0] = True
+    kept[0, 1] = kept[0, 3] = kept[-1, 0] = True  # other patches when rows and columns are swapped
 
     def masked(pictures):
         return diffmask.masked_logits(pictures, view.encode(pictures), kept.float().expand(2, -1, -1))

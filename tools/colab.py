@@ -69,7 +69,7 @@ def make_environment(place: Path) -> Path:
 
 def versions(python: Path) -> dict[str, str]:
     """What is installed: name -> version."""
-    return json.loads(subprocess.check_output([python, "-c", VERSIONS], text=True))
+    return json.loads(subprocess.check_output([python, "-I", "-c", VERSIONS], text=True))
 
 
 def execute(path: Path, content: Path, whole: bool) -> str:
