@@ -450,7 +450,7 @@ def fetch(name, known, place, answer, function=None, count=0):
         calls.append(args)
         if len(calls) == count:
             unpacked = [f for f in Path(place).rglob("*") if f.suffix not in (".gz", ".lock") and f.is_file()]
-            newest = max(unpacked, key=lambda f: f.stat().st_mtime_ns) if function == "extract_archive" else args[1]
+            newest = max(unpacked, key=lambda f: f.stat().st_ctime_ns) if function == "extract_archive" else args[1]
             os.truncate(newest, os.path.getsize(newest) // 2)
             die()
 

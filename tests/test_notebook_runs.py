@@ -70,7 +70,7 @@ def test_a_wrong_number_and_a_false_assertion_fail_and_nothing_else(clone, name)
     number, assertion = number_of_output(cells), next(i for i, c in enumerate(cells) if find_assert(c.source))
     changed, broken = cells[number].outputs[0], cells[assertion]
     changed.text = re.sub(r"\d(?=\D*$)", lambda digit: str((int(digit[0]) + 1) % 10), changed.text)
-    broken.source = re.sub(r"^assert (.*)$", r"assert not (\1)", broken.source, count=1, flags=re.M)
+    broken.source = re.sub(r"^assert (.*)$", r"assert not (\1\n)", broken.source, count=1, flags=re.M)
     asked = new_code_cell(ASKED, outputs=[answer(f"4 {clone / 'vdm_utils' / 'data.py'}")], execution_count=1)
     notebook.cells.append(asked)
     path = clone / "notebooks" / f"{name}_changed.ipynb"
