@@ -64,6 +64,7 @@ def fake_hub(folder: Path):
     """The server of a folder's files: `url`, and `asked`, how often for each path."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
     server.daemon_threads, server.folder, server.asked, server.closing = True, folder, Counter(), Event()
+    server.handle_error = lambda *args: None  # a client that hung up is no news
     server.url = f"http://127.0.0.1:{server.server_port}"
     Thread(target=server.serve_forever, daemon=True).start()
     try:

@@ -95,12 +95,6 @@ def train(words, first_is_best=True):
     return main(words)
 
 
-# Run alone some of these still find differences: a killed and resumed run that is not equal bit for bit, a half-unpacked
-# CIFAR-10 that is not fetched again; others need more time than a busy machine gives them. Until that is understood they
-# run on request.
-UNFINISHED = pytest.mark.skipif("VDM_SLOW" not in os.environ, reason="not green yet; VDM_SLOW=1 runs it")
-
-
 def intercept(name, act):
     """Where a file `name` of checkpoint-12 is written, or a folder `name` deleted, do `act(path, write)` instead.
 
@@ -169,7 +163,9 @@ STAGES = [
 def whole(tmp_path_factory):
     """{job: (its command line, without an output folder; the folder of an uninterrupted run)}."""
     folder, runs = tmp_path_factory.mktemp("whole"), {}
-    for job, words in (("train-base", BASE), ("train", [*DIFFMASK, "--from_pretrained", str(folder / "train-base")])):
+    # a base that gets no better stops early, after step 12, as well
+    base = [*BASE, "--max_steps", "20", "--patience", "2"]
+    for job, words in (("train-base", base), ("train", [*DIFFMASK, "--from_pretrained", str(folder / "train-base")])):
         runs[job] = words, folder / job
         status, log = run(folder, train, [*words, "--output_dir", str(folder / job)])
         assert status == 0, log
@@ -193,14 +189,14 @@ def assert_same_run(first, second):
         states = [torch.load(folder / "checkpoint-12" / name, weights_only=False) for folder in (first, second)]
         assert same(*states), name
     tables = [pd.read_csv(folder / "metrics.csv") for folder in (first, second)]
-    timed = ("_runtime", "_per_second", "train_loss", "total_flos")
-    pd.testing.assert_frame_equal(*(table[[c for c in tables[0] if not c.endswith(timed)]] for table in tables))
+    timed = ("_time", "_runtime", "_per_second", "train_loss", "total_flos")  # of the time since the start or resumption
+    tables = [table[[c for c in table if not c.endswith(timed)]].dropna(thresh=3) for table in tables]
+    pd.testing.assert_frame_equal(*(table.reset_index(drop=True) for table in tables), check_like=True)
     verified = [last_checkpoint(folder).name for folder in (first, second)]
     assert verified == ["checkpoint-12"] * 2
 
 
 @pytest.mark.parametrize("job", ["train-base", "train"])
-@UNFINISHED
 def test_killed_at_every_stage_of_saving(whole, tmp_path, job):
     words, uninterrupted = whole[job]
     words = [*words, "--output_dir", str(tmp_path / "run"), FLAG[job], "last"]
@@ -220,7 +216,6 @@ def test_killed_at_every_stage_of_saving(whole, tmp_path, job):
 
 
 @pytest.mark.parametrize("job", ["train-base", "train"])
-@UNFINISHED
 def test_killed_at_random_times(whole, tmp_path, job):
     words, uninterrupted = whole[job]
     folder, seed = tmp_path / "run", random.randrange(10**6)
@@ -484,7 +479,6 @@ def test_processes_that_download_at_once_do_it_once(mirror, tmp_path, name):
         ("CIFAR10", "_urlretrieve", 1),
     ],
 )
-@UNFINISHED
 def test_a_killed_download_is_not_taken_for_whole(mirror, tmp_path, name, function, count):
     call = name, mirror.known[name], tmp_path / "data"
     status, log = run(tmp_path, fetch, *call, tmp_path / "never", function, count)
@@ -538,7 +532,6 @@ def hub(tmp_path_factory):
         yield server
 
 
-@UNFINISHED
 def test_a_hub_out_of_reach(hub, tmp_path):
     """Refused, a dead proxy, silence, a byte a second, a 404 and a 503: the copy in the cache, or one clear message."""
     closed = "http://127.0.0.1:9"  # discard: nobody listens

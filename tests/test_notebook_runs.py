@@ -80,6 +80,7 @@ def test_a_wrong_number_and_a_false_assertion_fail_and_nothing_else(clone, name)
     failed = re.findall(r"^(FAILED|ERROR) .*::Cell (\d+)", done.stdout, re.M)
     assert sorted(failed) == sorted(("FAILED", str(i)) for i in (number, assertion)), done.stdout
     assert f"Cell {number}: Cell outputs differ" in done.stdout
+    assert f"Cell {assertion}: Cell execution caused an exception" in done.stdout and "AssertionError" in done.stdout
 
 
 def number_of_output(cells):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, is_offline_mode
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
@@ -179,9 +179,11 @@ def load_saved(
     """
     verify_checksums(Path(str(name_or_path)))
     name, trouble = str(name_or_path), None
-    if not (os.path.exists(name) or is_offline_mode() or options.get("local_files_only")):
+    offline = constants.HF_HUB_OFFLINE
+    if not (os.path.exists(name) or offline or options.get("local_files_only")):
         trouble = hub_trouble(name, options.get("revision", "main"))
-        options["local_files_only"] = trouble is not None
+    # more than local_files_only, with which huggingface_hub (2.4) still asks the Hub for other things
+    constants.HF_HUB_OFFLINE = offline or trouble is not None
     try:
         # without ignore_mismatched_sizes transformers raises an error that names no weight
         model, report = load(name, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
@@ -190,6 +192,8 @@ def load_saved(
         raise VDMError(f"cannot load the {what}", where=where, expected="a folder written by save_pretrained or a Hub name",
                        got=f"{name} ({trouble or (str(error).splitlines()[0] if str(error) else repr(error))})",
                        fix="check the name, or the network") from error  # fmt: skip
+    finally:
+        constants.HF_HUB_OFFLINE = offline
     if trouble:
         logger.warning("the Hub does not give %s (%s): using the copy in the cache", name, trouble)
     misfits = {*report["missing_keys"], *report["unexpected_keys"], *(name for name, *_ in report["mismatched_keys"])}

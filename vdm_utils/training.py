@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -359,8 +361,30 @@ def _finish(trainer: Trainer, chosen: RunSettings, resume: str | None) -> None:
                        fix="name one, or leave it out to start anew")  # fmt: skip
     if resume is not None:
         verify_checksums(Path(resume))
-    trainer.train(resume_from_checkpoint=resume and str(resume))
+    if resume is None or _steps_left(trainer, Path(resume)):
+        trainer.train(resume_from_checkpoint=resume and str(resume))
     trainer.save_state()
+
+
+def _steps_left(trainer: Trainer, checkpoint: Path) -> bool:
+    """Whether a run goes on after a checkpoint. Where it does not, its state and best weights are loaded.
+
+    Trainer (5.23) would take a step too many from a checkpoint at the end of `max_steps`, and would count the evaluations
+    without progress, for early stopping, from zero again.
+    """
+    state, stopped = TrainerState.load_from_json(str(checkpoint / STATE)), False
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, EarlyStoppingCallback):
+            vars(callback).update(state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {}))
+            stopped = callback.early_stopping_patience_counter >= callback.early_stopping_patience
+    args = trainer.args
+    epochs = args.num_train_epochs * len(trainer.get_train_dataloader())
+    if not stopped and state.global_step < (args.max_steps if args.max_steps > 0 else math.ceil(epochs)):
+        return True
+    state.is_world_process_zero, trainer.state = trainer.is_world_process_zero(), state
+    best = state.best_model_checkpoint
+    trainer._load_from_checkpoint(best if best and Path(best).is_dir() else str(checkpoint))
+    return False
 
 
 def _load_weights(model: PreTrainedModel, saved: PreTrainedModel, checkpoint: str) -> None:
