@@ -1,7 +1,8 @@
-"""The paper's deletion curves on a shipped pair: `python benchmarks/deletion.py cifar10 --images 500`.
+"""The paper's deletion curves on a shipped pair: `python benchmarks/deletion.py cifar10 --images 500 --refine 100`.
 
 Patches of test images are replaced by uniform noise in the order of each method, important ones first or last; every number is
-the mean over 29 points of the curve and over the images, with the half-width of a 95 % bootstrap interval over images.
+the mean over 29 points of the curve and over the images, with the half-width of a 95 % bootstrap interval over images. Refined
+masks are made with the placeholder and judged by noise; what they keep, and at what KL, is printed as well.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.faithfulness import bootstrap
 from vdm_utils.metrics import deletion_curves
 from vdm_utils.notebook import checkpoint
+from vdm_utils.refine import refine
 
 DATASETS = {"cifar10": "CIFAR10", "shapes": "shapes", "digits": "digits"}
 
@@ -27,30 +29,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=DATASETS)
     parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--refine", type=int, default=0, help="steps of refinement for each image; 0: not measured")
     parser.add_argument("--table", type=Path, help="CSV to write")
     wanted = parser.parse_args()
     transformers_logging.disable_progress_bar()
     diffmask = VisionDiffMask.from_pretrained(checkpoint(wanted.task, "diffmask"))
     data = load_data(DATASETS[wanted.task], "test")
     chosen = torch.linspace(0, len(data) - 1, min(wanted.images, len(data))).long().tolist()  # spread over the classes
-    methods = {
-        "DiffMask": lambda x: diffmask.explain(x, check=False).scores,
-        "Grad-CAM": lambda x: grad_cam(diffmask.base, x),
-        "rollout": lambda x: attention_rollout(diffmask.base, x),
-        "random": lambda x: torch.rand(len(x), *diffmask.view.grid, generator=torch.Generator().manual_seed(0)),
-    }
+    pictures = data.batch(chosen)["pixel_values"]
+    parts = pictures.split(100)
+    shown = {"DiffMask": [diffmask.explain(part) for part in parts]}
+    if wanted.refine:
+        shown["DiffMask, refined"] = [refine(diffmask, part, wanted.refine) for part in parts]
+    facts = {}
+    for name, explained in shown.items():
+        kept, kl = (torch.cat([getattr(one, field) for one in explained]) for field in ("kept", "kl"))
+        same = torch.cat([one.logits.argmax(-1) == one.masked_logits.argmax(-1) for one in explained])
+        feasible = (kl <= diffmask.config.eps).float().mean().item()
+        facts[name] = {
+            "kept": kept.mean().item(),
+            "KL": kl.mean().item(),
+            "KL ≤ ε": feasible,
+            "same class": same.float().mean().item(),
+        }
+    print(pd.DataFrame(facts).T.round(3).to_string(), flush=True)
+    scores = {name: torch.cat([one.scores for one in explained]) for name, explained in shown.items()}
+    scores["Grad-CAM"] = torch.cat([grad_cam(diffmask.base, part) for part in parts])
+    scores["rollout"] = torch.cat([attention_rollout(diffmask.base, part) for part in parts])
+    scores["random"] = torch.rand(len(pictures), *diffmask.view.grid, generator=torch.Generator().manual_seed(0))
     rows = []
-    for name, method in methods.items():
+    for name, order in scores.items():
         row = {"method": name}
         for direction in ("first", "last"):
-            parts = []
-            for batch in torch.tensor(chosen).split(100):
-                pictures = data.batch(batch.tolist())["pixel_values"]
-                curves = deletion_curves(diffmask.base, pictures, method(pictures), direction == "first")
-                parts.append(torch.stack([curve.mean(1) for curve in curves]))
-            probability, kl = torch.cat(parts, 1)
-            for measure, values in (("acc", probability), ("KL", kl)):
-                mean, low, high = bootstrap(values)
+            curves = deletion_curves(diffmask.base, pictures, order, direction == "first")
+            for measure, curve in zip(("acc", "KL"), curves):
+                mean, low, high = bootstrap(curve.mean(1))
                 row |= {f"{measure} {direction}": mean, f"{measure} {direction} ±": (high - low) / 2}
         rows.append(row)
     table = pd.DataFrame(rows).set_index("method")

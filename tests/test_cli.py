@@ -136,6 +136,23 @@ def test_explain_leaves_a_figure_the_facts_and_the_masks(capsys, diffmask_run, t
     assert run(capsys, *words, "--output_dir", "out")[0] == 2  # never written over
 
 
+def test_explain_refines(capsys, diffmask_run, tmp_path):
+    words = [
+        "explain",
+        "--diffmask_checkpoint",
+        diffmask_run,
+        "--dataset",
+        "digits",
+        "--sample_images",
+        3,
+        "--refine",
+        4,
+    ]
+    code, printed, _ = run(capsys, *words, "--output_dir", tmp_path / "out")
+    assert code == 0 and printed["feasible"] == 1
+    assert set(load_file(tmp_path / "out" / "masks.safetensors")["mask"].unique().tolist()) <= {0.0, 1.0}
+
+
 def test_explain_takes_picture_files(capsys, diffmask_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     digit = data.load_data("digits", "test").images[5, 0].numpy()
@@ -361,6 +378,10 @@ MISTAKES = {  # name: (words, what the message has to contain)
     ),
     "nothing to explain with": (["explain"], "diffmask_checkpoint"),
     "no such DiffMask": (["explain", "--diffmask_checkpoint", "nowhere"], "cannot load the DiffMask"),
+    "refined at a layer": (
+        ["explain", "--diffmask_checkpoint", "MASK", "--dataset", "digits", "--layer", "2", "--refine", "5"],
+        "refine and layer do not go together",
+    ),
     "no such picture": (["explain", "--diffmask_checkpoint", "MASK", "--images", "none.png"], "none.png"),
     "not a picture": (["explain", "--diffmask_checkpoint", "MASK", "--images", "file"], "cannot be read"),
     "no such layer": (

@@ -189,7 +189,13 @@ def assert_same_run(first, second):
         states = [torch.load(folder / "checkpoint-12" / name, weights_only=False) for folder in (first, second)]
         assert same(*states), name
     tables = [pd.read_csv(folder / "metrics.csv") for folder in (first, second)]
-    timed = ("_time", "_runtime", "_per_second", "train_loss", "total_flos")  # of the time since the start or resumption
+    timed = (
+        "_time",
+        "_runtime",
+        "_per_second",
+        "train_loss",
+        "total_flos",
+    )  # of the time since the start or resumption
     tables = [table[[c for c in table if not c.endswith(timed)]].dropna(thresh=3) for table in tables]
     pd.testing.assert_frame_equal(*(table.reset_index(drop=True) for table in tables), check_like=True)
     verified = [last_checkpoint(folder).name for folder in (first, second)]

@@ -322,3 +322,18 @@ def test_positions_are_stretched_over_the_new_grid():
     same, pictures = with_image_size(model, 12), torch.randn(2, 3, 12, 12)
     assert torch.allclose(same(pictures).logits, model(pictures).logits, atol=1e-5)
     assert larger(torch.randn(2, 3, 12, 24)).logits.shape == (2, 10) and model.config.image_size == 12
+
+
+def test_positions_are_repeated_in_the_cells_of_a_grid():
+    model = randomize(build_classifier(image_size=12, patch_size=4))
+    larger = with_image_size(model, 24, cells=2)
+    old, new = model.vit.embeddings.position_embeddings[0], larger.vit.embeddings.position_embeddings[0]
+    assert torch.equal(new[0], old[0])
+    cells = new[1:].view(2, 3, 2, 3, 64).transpose(1, 2)  # [2, 2, 3, 3, d]
+    offset = cells - old[1:].view(3, 3, 64)
+    assert torch.allclose(offset, offset[:, :, :1, :1].expand_as(offset), atol=1e-6), "one offset for a whole cell"
+    first, *others = offset[:, :, 0, 0].flatten(0, 1)
+    assert 0.015 < first.std() < 0.025 and all((first - other).abs().max() > 0.01 for other in others)
+    # of another size it is stretched as ever
+    plain = with_image_size(model, 16, cells=2).vit.embeddings.position_embeddings
+    assert torch.equal(plain, with_image_size(model, 16).vit.embeddings.position_embeddings)

@@ -74,12 +74,24 @@ TASKS = {
             f"train-base --dataset CIFAR10 {PICTURES} --lr 1e-3 --lr_schedule linear --warmup_steps 100 "
             "--patch_dropout 0.5 --num_epochs 16 --seed 8",
             f"train-base --dataset CIFAR10 {PICTURES} --lr 2e-4 --lr_schedule linear --warmup_steps 20 --num_epochs 2 --seed 9",
-        ],
-        "diffmask": ["train --recipe pictures --dataset CIFAR10 --max_steps 2500 --seed 0"],
-        # the same classifier, taught to do without specks and whole regions of a picture
-        "base-regions": [
+            # taught to do without specks and whole regions of a picture
             f"train-base --dataset CIFAR10 {PICTURES} --lr 5e-4 --lr_schedule linear --warmup_steps 50 --patch_masking 0.8 "
-            "--num_epochs 6 --seed 10"
+            "--num_epochs 6 --seed 10",
+        ],
+        "diffmask": [
+            "train --recipe pictures --dataset CIFAR10 --no_placeholder --shared_noise --max_steps 1500 --seed 0"
+        ],
+    },
+    "cifar10-count": {
+        # the classifier of single pictures, its positions repeated in every cell
+        "base": [
+            f"train-base --dataset CIFAR10_QA --grid_size 2 --class_idx 1 --image_size 64 {PICTURES} --augment_cells "
+            "--batch_size 32 --lr 4e-4 --lr_schedule linear --warmup_steps 40 --max_steps 600 --log_every_n_steps 60 --seed 0 "
+            "--from_pretrained data/checkpoints/cifar10/base"
+        ],
+        "diffmask": [
+            "train --recipe pictures --dataset CIFAR10_QA --grid_size 2 --class_idx 1 --lr 1e-3 --block_share 0.6 "
+            "--max_steps 600 --seed 0"
         ],
     },
 }

@@ -17,6 +17,7 @@ from vdm_utils.data import Pictures, load_data
 from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.errors import VDMError, unknown_name
 from vdm_utils.plots import SampleImages, explained_beside_others, to_png
+from vdm_utils.refine import refine
 from vdm_utils.sources import read_pictures
 from vdm_utils.training import (
     RECIPES,
@@ -156,7 +157,7 @@ def new_classifier(chosen: ClassifierSettings, data: Pictures):
         model = load_classifier(chosen.from_pretrained, num_labels=data.num_labels)
         own_size = None if hasattr(model.config, "depths") else as_pair(getattr(model.config, "image_size", 0))
         if chosen.image_size is not None and own_size not in (None, data.image_size):  # a ConvNeXt takes any size
-            model = with_image_size(model, data.image_size)
+            model = with_image_size(model, data.image_size, chosen.grid_size if data.name.endswith("_QA") else 1)
         check_fit(model, data, "train-base", classes=False)
         model.config.id2label = dict(data.id2label)
         model.config.label2id = {name: label for label, name in data.id2label.items()}
@@ -241,7 +242,13 @@ def explain(words: list[str]) -> dict:
         check_fit(diffmask.base, data, "explain")
         names = [f"{data.name}/{data.split}/{i}" for i in range(min(max(1, chosen.sample_images), len(data)))]
         batch = data.batch(range(len(names)))
-    shown = diffmask.explain(batch["pixel_values"], chosen.layer)  # on the device of a model that was just loaded
+    if chosen.refine and chosen.layer is not None:
+        raise VDMError("refine and layer do not go together", where="explain", expected="one of the two",
+                       got=f"--refine {chosen.refine} --layer {chosen.layer}", fix="leave one out: refined masks have no layers")  # fmt: skip
+    if chosen.refine:
+        shown = refine(diffmask, batch["pixel_values"], chosen.refine, seed=chosen.seed)
+    else:
+        shown = diffmask.explain(batch["pixel_values"], chosen.layer)  # on the device of a model that was just loaded
     after = shown.masked_logits.argmax(-1).tolist()
     facts = [
         {"picture": name, "class": id2label[c], "class_of_masked": id2label[a], "kept": round(k, 4), "kl": round(d, 4)}

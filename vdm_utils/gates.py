@@ -32,7 +32,12 @@ class HardConcrete(Distribution):
         self.log_alpha, self.temperature, self.low, self.high = log_alpha, temperature, low, high
         super().__init__(batch_shape=log_alpha.shape, validate_args=False)
 
-    def rsample(self, sample_shape: torch.Size = torch.Size(), shared: int = 0) -> torch.Tensor:  # noqa: B008 (torch's own signature)
+    def rsample(
+        self,
+        sample_shape: torch.Size = torch.Size(),  # noqa: B008 (torch's own signature)
+        shared: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
         """A sample z of shape `sample_shape + log_alpha.shape` through which gradients reach log_alpha.
 
         `shared`: so many last dimensions have one random number in common. Every gate's own distribution stays what it was,
@@ -41,7 +46,8 @@ class HardConcrete(Distribution):
         shape = self._extended_shape(torch.Size(sample_shape))
         shape = (*shape[: len(shape) - shared], *[1] * shared)
         tiny = torch.finfo(self.log_alpha.dtype).eps
-        u = torch.rand(shape, dtype=self.log_alpha.dtype, device=self.log_alpha.device).clamp(tiny, 1 - tiny)
+        u = torch.rand(shape, dtype=self.log_alpha.dtype, device=self.log_alpha.device, generator=generator)
+        u = u.clamp(tiny, 1 - tiny)
         return hard_concrete_sample(self.log_alpha, u, self.temperature, self.low, self.high)
 
     @property

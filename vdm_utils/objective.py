@@ -61,8 +61,8 @@ class Multiplier(nn.Module):
         """α, shape [K]."""
         return (self.parameter.exp() if self.log_space else self.parameter).detach()
 
-    def dual_objective(self, layer: int, violation: torch.Tensor) -> torch.Tensor:
-        """A scalar whose gradient is KL − ε on the parameter of `layer`: *ascend* it (maximize=True)."""
+    def dual_objective(self, layer: int | slice, violation: torch.Tensor) -> torch.Tensor:
+        """A scalar (a slice: one for each) whose gradient is KL − ε on the parameter of `layer`: *ascend* it (maximize=True)."""
         return self.parameter[layer] * violation.detach()
 
     @torch.no_grad()

@@ -57,7 +57,7 @@ BLOCK = 2
 LIMITS = {
     "batch_size": (1, 2**20), "num_workers": (0, 1024), "num_epochs": (1e-9, 1e9), "log_every_n_steps": (1, 2**32),
     "warmup_steps": (0, 2**32), "gate_warmup_steps": (0, 2**32), "patience": (1, 2**32), "lr": (0, 1e3), "weight_decay": (0, 1e3),
-    "sample_images": (0, 2**20), "shortcut": (0, 1.001), "patch_dropout": (0, 1), "patch_masking": (0, 1.001), "adam_beta2": (0, 1), "lr_decay": (0, 1.001), "last_layer_share": (0, 1.001), "block_share": (0, 1.001),
+    "sample_images": (0, 2**20), "refine": (0, 2**20), "shortcut": (0, 1.001), "patch_dropout": (0, 1), "patch_masking": (0, 1.001), "adam_beta2": (0, 1), "lr_decay": (0, 1.001), "last_layer_share": (0, 1.001), "block_share": (0, 1.001),
 }  # fmt: skip
 
 
@@ -226,6 +226,9 @@ class ExplainSettings(DataSettings):
     )
     sample_images: int = option(8, "number of pictures of the dataset that are explained, from the first on")
     layer: int | None = option(None, "show the mask after this gate; default: the last")
+    refine: int = option(
+        0, "go on from the gates for so many steps, for each picture by itself; 0: show what the gates say"
+    )
 
 
 # from scratch on two CPU cores; measured in benchmarks/toy_recovery.py

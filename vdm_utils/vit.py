@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 # hidden size, layers, heads, width of the MLP: `tiny` trains in a minute on a laptop, `base` is ViT-B
 VIT_SIZES = {"tiny": (64, 4, 4, 128), "small": (192, 6, 6, 384), "base": (768, 12, 12, 3072)}
+# standard deviation by which the cells of a grid differ at first, as the position embeddings of a new ViT do
+CELL_OFFSET = 0.02
 CONVNEXT_SIZES = {
     "tiny": ((32, 64), (2, 2)),
     "small": ((48, 96, 192), (2, 2, 4)),
@@ -171,8 +173,11 @@ def load_classifier(name_or_path: str | Path, num_labels: int | None = None) -> 
 
 
 @torch.no_grad()
-def with_image_size(model: PreTrainedModel, image_size: int | tuple[int, int]) -> PreTrainedModel:
+def with_image_size(model: PreTrainedModel, image_size: int | tuple[int, int], cells: int = 1) -> PreTrainedModel:
     """The same classifier for images of another size: its position embeddings are stretched over the new patch grid.
+
+    Where the new image is a grid of `cells` × `cells` images of the old size, they are repeated in every cell instead, each
+    with an offset of its own from torch's global random state: what was learned of one picture serves for each of them.
 
     Raises:
         VDMError: for a model without a table of position embeddings, or patches that do not tile the image.
@@ -191,8 +196,12 @@ def with_image_size(model: PreTrainedModel, image_size: int | tuple[int, int]) -
     table = weights[name]
     prefix, patches = table[:, : -rows * cols], table[:, -rows * cols :]
     plane = patches.unflatten(1, (rows, cols)).permute(0, 3, 1, 2)  # [1, d, rows, cols]
-    stretched = F.interpolate(plane.float(), size=PatchView(larger).grid, mode="bicubic").flatten(2).transpose(1, 2)
-    weights[name] = torch.cat([prefix, stretched.to(prefix.dtype)], dim=1)
+    if cells > 1 and (height, width) == tuple(cells * side for side in old.image_size):
+        offset = CELL_OFFSET * torch.randn(1, plane.shape[1], cells, cells, device=plane.device)
+        plane = plane.repeat(1, 1, cells, cells) + F.interpolate(offset, size=PatchView(larger).grid, mode="nearest")
+    else:
+        plane = F.interpolate(plane.float(), size=PatchView(larger).grid, mode="bicubic")
+    weights[name] = torch.cat([prefix, plane.flatten(2).transpose(1, 2).to(prefix.dtype)], dim=1)
     larger.load_state_dict(weights)
     return larger.to(table.dtype).eval()
 
