@@ -30,29 +30,30 @@ def main() -> None:
     parser.add_argument("task", choices=DATASETS)
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--refine", type=int, default=0, help="steps of refinement for each image; 0: not measured")
-    parser.add_argument("--table", type=Path, help="CSV to write")
+    parser.add_argument(
+        "--table", type=Path, help="CSV to write; what every mask keeps goes beside it, to …_pictures.csv"
+    )
     wanted = parser.parse_args()
     transformers_logging.disable_progress_bar()
     diffmask = VisionDiffMask.from_pretrained(checkpoint(wanted.task, "diffmask"))
     data = load_data(DATASETS[wanted.task], "test")
     chosen = torch.linspace(0, len(data) - 1, min(wanted.images, len(data))).long().tolist()  # spread over the classes
-    pictures = data.batch(chosen)["pixel_values"]
+    batch = data.batch(chosen)
+    pictures, labels = batch["pixel_values"], batch["labels"]
     parts = pictures.split(100)
     shown = {"DiffMask": [diffmask.explain(part) for part in parts]}
     if wanted.refine:
         shown["DiffMask, refined"] = [refine(diffmask, part, wanted.refine) for part in parts]
-    facts = {}
+    facts = []
     for name, explained in shown.items():
-        kept, kl = (torch.cat([getattr(one, field) for one in explained]) for field in ("kept", "kl"))
-        same = torch.cat([one.logits.argmax(-1) == one.masked_logits.argmax(-1) for one in explained])
-        feasible = (kl <= diffmask.config.eps).float().mean().item()
-        facts[name] = {
-            "kept": kept.mean().item(),
-            "KL": kl.mean().item(),
-            "KL ≤ ε": feasible,
-            "same class": same.float().mean().item(),
-        }
-    print(pd.DataFrame(facts).T.round(3).to_string(), flush=True)
+        kept, kl, before, after = (
+            torch.cat([getattr(one, field) for one in explained]) for field in ("kept", "kl", "logits", "masked_logits")
+        )
+        before, after = before.argmax(-1), after.argmax(-1)
+        facts.append(pd.DataFrame({"method": name, "picture": chosen, "label": labels, "predicted": before, "kept": kept, "KL": kl,
+                                   "KL ≤ ε": (kl <= diffmask.config.eps).int(), "same class": (before == after).int()}))  # fmt: skip
+    facts = pd.concat(facts)
+    print(facts.groupby("method")[["kept", "KL", "KL ≤ ε", "same class"]].mean().round(3).to_string(), flush=True)
     scores = {name: torch.cat([one.scores for one in explained]) for name, explained in shown.items()}
     scores["Grad-CAM"] = torch.cat([grad_cam(diffmask.base, part) for part in parts])
     scores["rollout"] = torch.cat([attention_rollout(diffmask.base, part) for part in parts])
@@ -70,6 +71,7 @@ def main() -> None:
     print(table.round(3).to_string())
     if wanted.table:
         table.to_csv(wanted.table, float_format="%.4f")
+        facts.to_csv(wanted.table.with_stem(wanted.table.stem + "_pictures"), float_format="%.4f", index=False)
 
 
 if __name__ == "__main__":
