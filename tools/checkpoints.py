@@ -83,15 +83,13 @@ TASKS = {
         ],
     },
     "cifar10-count": {
-        # the classifier of single pictures, its positions repeated in every cell
+        # the classifier of single pictures, its positions repeated in every cell; no DiffMask of it is worth shipping yet
         "base": [
             f"train-base --dataset CIFAR10_QA --grid_size 2 --class_idx 1 --image_size 64 {PICTURES} --augment_cells "
             "--batch_size 32 --lr 4e-4 --lr_schedule linear --warmup_steps 40 --max_steps 600 --log_every_n_steps 60 --seed 0 "
-            "--from_pretrained data/checkpoints/cifar10/base"
-        ],
-        "diffmask": [
-            "train --recipe pictures --dataset CIFAR10_QA --grid_size 2 --class_idx 1 --lr 1e-3 --block_share 0.6 "
-            "--max_steps 600 --seed 0"
+            "--from_pretrained data/checkpoints/cifar10/base",
+            f"train-base --dataset CIFAR10_QA --grid_size 2 --class_idx 1 --image_size 64 {PICTURES} --augment_cells "
+            "--batch_size 32 --lr 3e-4 --lr_schedule linear --warmup_steps 20 --max_steps 480 --log_every_n_steps 120 --seed 1",
         ],
     },
 }
