@@ -10,12 +10,15 @@ import nbformat
 import pandas as pd
 import pytest
 import torch
+from torch.utils.data import Subset
 
 from vdm_utils.__main__ import parse
 from vdm_utils.data import load_data
 from vdm_utils.diffmask import VisionDiffMask
+from vdm_utils.errors import VDMError
 from vdm_utils.notebook import checkpoint
-from vdm_utils.training import ClassifierSettings, DiffMaskSettings
+from vdm_utils.training import ClassifierSettings, DiffMaskSettings, evaluate_classifier
+from vdm_utils.vit import load_classifier
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -121,6 +124,24 @@ def test_deletion_tables_are_those_of_the_runs():
         run = cifar.loc[names.get(name, name)]
         assert agrees(first, run["acc first"]) and agrees(last, run["acc last"]), name
         assert all(map(agrees, told, facts.loc[name])) if name in facts.index else set(told) == {""}, name
+
+
+def test_refined_masks_are_ahead():
+    areas = pd.read_csv(ROOT / "benchmarks" / "results" / "deletion_cifar10.csv", index_col="method")
+    others = ["Grad-CAM", "rollout", "random"]
+    refined = areas.loc["DiffMask, refined"]
+    assert refined["acc first"] < areas.loc[others, "acc first"].min()
+    assert refined["acc last"] > areas.loc[others, "acc last"].max()
+
+
+def test_the_counter_of_photographs_counts():
+    try:
+        grids = load_data("CIFAR10_QA", "test", grid_size=2, class_idx=1)
+    except VDMError as error:
+        pytest.skip(f"CIFAR-10 is not here: {error}")
+    accuracy = evaluate_classifier(load_classifier(checkpoint("cifar10-count", "base")), Subset(grids, range(400)))
+    (told,) = re.findall(r"exact on ([\d.]+) %", flat(claim("Counting photographs")))
+    assert abs(accuracy["accuracy"] - float(told) / 100) < 0.08  # three standard errors of 400 grids
 
 
 def test_truth_table_is_that_of_the_notebook():
