@@ -1,8 +1,10 @@
-"""The paper's deletion curves on a shipped pair: `python benchmarks/deletion.py cifar10 --images 500 --refine 100`.
+"""The paper's deletion curves on a shipped pair: `python benchmarks/deletion.py cifar10 --refine 100 --fills all`.
 
-Patches of test images are replaced by uniform noise in the order of each method, important ones first or last; every number is
-the mean over 29 points of the curve and over the images, with the half-width of a 95 % bootstrap interval over images. Refined
-masks are made with the placeholder and judged by noise; what they keep, and at what KL, is printed as well.
+Patches of test images are replaced, by uniform noise as in the paper, in the order of each method, important ones first or
+last; every number is the mean over 29 points of the curve and over the images, with the half-width of a 95 % bootstrap interval
+over images. With more fills the methods are compared picture by picture as well: a win is one that holds under every fill.
+Refined masks are made with the placeholder, so it is the other fills that judge them; what they keep, and at what KL, is
+printed too.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ from transformers.utils import logging as transformers_logging
 from vdm_utils.attributions import attention_rollout, grad_cam
 from vdm_utils.data import load_data
 from vdm_utils.diffmask import VisionDiffMask
-from vdm_utils.faithfulness import bootstrap
-from vdm_utils.metrics import deletion_curves
+from vdm_utils.faithfulness import compare, paired_comparison, perturbation_areas
+from vdm_utils.metrics import FILLS
 from vdm_utils.notebook import checkpoint
 from vdm_utils.refine import refine
 
 DATASETS = {"cifar10": "CIFAR10", "shapes": "shapes", "digits": "digits"}
+MEASURES, DIRECTIONS = {"probability": "acc", "kl": "KL"}, {"important first": "first", "unimportant first": "last"}
 
 
 def main() -> None:
@@ -30,9 +33,8 @@ def main() -> None:
     parser.add_argument("task", choices=DATASETS)
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--refine", type=int, default=0, help="steps of refinement for each image; 0: not measured")
-    parser.add_argument(
-        "--table", type=Path, help="CSV to write; what every mask keeps goes beside it, to …_pictures.csv"
-    )
+    parser.add_argument("--fills", nargs="+", default=["noise"], choices=[*FILLS, "all"])
+    parser.add_argument("--table", type=Path, help="CSV to write; …_pictures.csv and …_paired.csv go beside it")
     wanted = parser.parse_args()
     transformers_logging.disable_progress_bar()
     diffmask = VisionDiffMask.from_pretrained(checkpoint(wanted.task, "diffmask"))
@@ -44,6 +46,7 @@ def main() -> None:
     shown = {"DiffMask": [diffmask.explain(part) for part in parts]}
     if wanted.refine:
         shown["DiffMask, refined"] = [refine(diffmask, part, wanted.refine) for part in parts]
+    ours = list(shown)[-1]
     facts = []
     for name, explained in shown.items():
         kept, kl, before, after = (
@@ -57,21 +60,25 @@ def main() -> None:
     scores = {name: torch.cat([one.scores for one in explained]) for name, explained in shown.items()}
     scores["Grad-CAM"] = torch.cat([grad_cam(diffmask.base, part) for part in parts])
     scores["rollout"] = torch.cat([attention_rollout(diffmask.base, part) for part in parts])
-    scores["random"] = torch.rand(len(pictures), *diffmask.view.grid, generator=torch.Generator().manual_seed(0))
-    rows = []
-    for name, order in scores.items():
-        row = {"method": name}
-        for direction in ("first", "last"):
-            curves = deletion_curves(diffmask.base, pictures, order, direction == "first")
-            for measure, curve in zip(("acc", "KL"), curves):
-                mean, low, high = bootstrap(curve.mean(1))
-                row |= {f"{measure} {direction}": mean, f"{measure} {direction} ±": (high - low) / 2}
-        rows.append(row)
-    table = pd.DataFrame(rows).set_index("method")
-    print(table.round(3).to_string())
+    fills = FILLS if "all" in wanted.fills else wanted.fills
+    areas = perturbation_areas(diffmask, pictures, scores, fills)
+    areas["method"] = pd.Categorical(areas["method"], [*scores, "random"])
+    table = compare(areas[areas["fill"] == fills[-1]])
+    table["name"] = table["measure"].map(MEASURES) + " " + table["direction"].map(DIRECTIONS)
+    table["±"] = (table["high"] - table["low"]) / 2
+    wide = table.pivot(index="method", columns="name", values=["area", "±"]).reindex([*scores, "random"])
+    wide.columns = [name + " ±" * (kind == "±") for kind, name in wide.columns]
+    wide = wide[sorted(wide.columns, key=lambda name: (name.split()[1], name))]
+    print(f"fill: {fills[-1]}\n{wide.round(3).to_string()}")
+    areas["method"] = areas["method"].astype(str)
+    paired = pd.concat(
+        [paired_comparison(areas, ours, other).assign(other=other) for other in ("Grad-CAM", "rollout", "random")]
+    )
+    print(f"{ours} against the others, positive where it is better\n{paired.round(4).to_string(index=False)}")
     if wanted.table:
-        table.to_csv(wanted.table, float_format="%.4f")
-        facts.to_csv(wanted.table.with_stem(wanted.table.stem + "_pictures"), float_format="%.4f", index=False)
+        wide.to_csv(wanted.table, float_format="%.4f")
+        for part, rows in (("_pictures", facts), ("_paired", paired)):
+            rows.to_csv(wanted.table.with_stem(wanted.table.stem + part), float_format="%.4f", index=False)
 
 
 if __name__ == "__main__":

@@ -420,7 +420,7 @@ def test_damaged_files_are_named_or_left_out(own, caplog):
 def test_the_truth_moves_with_its_picture():
     # where a shape is drawn white on black, picture and truth are the same thing
     mask = load_data("shapes", "train").batch(range(60))["truth"]
-    for names in (["flip"], ["shift"], ["rotation"], ["flip", "shift", "rotation", "blur", "noise"]):
+    for names in (["flip"], ["shift"], ["rotation"], ["stretch"], ["flip", "shift", "rotation", "blur", "noise"]):
         index = np.arange(60)
         moved, truth = augment_batch(mask[:, None], names, 3, index, mask)
         assert truth.shape == mask.shape and not torch.equal(truth, mask)
@@ -508,13 +508,26 @@ def test_rotation():
 def test_rotation_keeps_right_angles():
     images = torch.zeros(1, 1, 40, 80)
     images[..., 15:25, 35:45] = 1  # a square in a picture that is none
-    turned = move_pixels(images, ["rotation"], torch.full((1, 6), 1.0))  # by 20°
+    turned = move_pixels(images, ["rotation"], torch.full((1, 9), 1.0))  # by 20°
     centred = turned[0, 0] > 0.5
     assert centred.sum() == pytest.approx(100, abs=8)
     rows, cols = centred.nonzero().float().T
     assert rows.mean() == pytest.approx(19.5, abs=0.1) and cols.mean() == pytest.approx(39.5, abs=0.1)
     spread = torch.cov(torch.stack([rows, cols]))
     assert spread[0, 0].item() == pytest.approx(spread[1, 1].item(), rel=0.1)
+
+
+def test_stretch():
+    ramp = torch.arange(96.0).expand(400, 1, 64, 96)
+    middle = augment("stretch", ramp / 96)[:, 0, 20:44, 30:66] * 96  # brightness grows to the right
+    wide, slant = middle.diff(dim=2).mean((1, 2)) - 1, middle.diff(dim=1).mean((1, 2))  # in pixels, whatever the sides
+    tall = augment("stretch", ramp.mT / 96)[:, 0, 30:66, 20:44] * 96  # brightness grows downwards
+    high, none = tall.diff(dim=1).mean((1, 2)) - 1, tall.diff(dim=2).mean((1, 2))
+    assert none.abs().max() < 1e-3  # no slant of rows: that would be a rotation
+    for amount in (wide, slant, high):
+        assert amount.abs().max() < 0.151 and amount.min() < -0.14 and amount.max() > 0.14
+        assert amount.std() == pytest.approx(0.3 / 12**0.5, abs=0.01)  # of a uniform distribution
+    assert torch.corrcoef(torch.stack([wide, slant, high])).triu(1).abs().max() < 0.15
 
 
 def test_blur():

@@ -1,6 +1,7 @@
 """A model's patch embeddings are seen and replaced, whatever the architecture, and the model never notices."""
 
 import copy
+import json
 import logging
 
 import pytest
@@ -252,6 +253,19 @@ def test_a_saved_classifier_comes_back(base, pictures, tmp_path, caplog):
     assert other(pictures).logits.shape == (8, 4)
     kept = {name: weight for name, weight in base.state_dict().items() if not name.startswith("classifier")}
     assert all(torch.equal(other.state_dict()[name], weight) for name, weight in kept.items())
+
+
+@pytest.mark.parametrize(("wanted", "told"), [
+    ({"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}, []), ({"image_mean": 0.5}, []), ({}, []),
+    ({"image_mean": [0.485, 0.456, 0.406], "image_std": [0.5] * 3}, ["image_mean"]),
+    ({"image_mean": [0.0] * 3, "image_std": [0.5, 0.5, 1]}, ["image_mean", "image_std"]),
+])  # fmt: skip
+def test_a_model_that_wants_other_numbers_says_so(base, tmp_path, caplog, wanted, told):
+    base.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(wanted))
+    with caplog.at_level(logging.WARNING):
+        load_classifier(tmp_path)
+    assert [record.getMessage().split("with ")[1].split()[0] for record in caplog.records] == told
 
 
 def test_build_classifier_builds_what_was_asked_for():

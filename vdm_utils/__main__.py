@@ -18,19 +18,17 @@ from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.errors import VDMError, unknown_name
 from vdm_utils.plots import SampleImages, explained_beside_others, to_png
 from vdm_utils.refine import refine
-from vdm_utils.sources import read_pictures
-from vdm_utils.training import (
+from vdm_utils.runs import check_fit
+from vdm_utils.settings import (
     RECIPES,
     ClassifierSettings,
     DataSettings,
     DiffMaskSettings,
     ExplainSettings,
     RunSettings,
-    check_fit,
-    evaluate_classifier,
-    train_classifier,
-    train_diffmask,
 )
+from vdm_utils.sources import read_pictures
+from vdm_utils.training import evaluate_classifier, train_classifier, train_diffmask
 from vdm_utils.vit import (
     as_pair,
     build_classifier,

@@ -19,6 +19,7 @@ from vdm_utils.errors import VDMError, check_integer, unknown_name
 from vdm_utils.pictures import (
     AUGMENTATIONS,
     MOVES,
+    NUMBERS,
     SPLITS,
     ImageSet,
     Pictures,
@@ -128,7 +129,7 @@ class CountingGrids(Pictures):
         tiles = self.pictures._draw(np.where(truth, counted, others).ravel())["pixels"]  # [B·N, C, h, w]
         if self.cell_moves:
             place = (index[:, None] * cells + np.arange(cells)).ravel()
-            u = torch.from_numpy(hashed_uniform(self.seed + 7919 * self.epoch, 12, place, 6))
+            u = torch.from_numpy(hashed_uniform(self.seed + 7919 * self.epoch, 12, place, NUMBERS))
             tiles = move_pixels(tiles.float(), self.cell_moves, u).round().to(torch.uint8)
         batch, (_, channels, height, width) = len(index), tiles.shape
         grid = tiles.view(batch, side, side, channels, height, width).permute(0, 3, 1, 4, 2, 5)
@@ -177,7 +178,7 @@ def load_data(
         grid_size: cells per side of a counting grid, 2–8 (toy and `_QA`).
         class_idx: the class that is counted (toy: colour 0–5).
         augment: names from `AUGMENTATIONS`, on the training split only.
-        augment_cells: flip, shift and rotate every picture of a `_QA` grid within its cell, and not the grid as a whole.
+        augment_cells: flip, shift, rotate and stretch every picture of a `_QA` grid within its cell, and not the grid as a whole.
         seed: of drawn images and of augmentation.
         length: number of drawn items (toy, shapes and `_QA`; 50,000 for training, 1,000 otherwise).
         shortcut: share of the training and validation pictures of `shapes` with a tag that gives the class away. The

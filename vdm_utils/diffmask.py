@@ -293,16 +293,16 @@ class VisionDiffMask(PreTrainedModel):
             VDMError: when there is no such folder or Hub name, its files cannot be read or were altered after they were saved
                 (`verify_checksums`), weights are missing or unknown, or it was trained on another base.
         """
-        where, folder = "VisionDiffMask.from_pretrained", Path(str(pretrained_model_name_or_path))
-        diffmask, misfits = load_saved(super().from_pretrained, folder, "DiffMask", where, **kwargs)
-        refuse_misfits(misfits, folder, "DiffMask", where)
+        where, source = "VisionDiffMask.from_pretrained", str(pretrained_model_name_or_path)
+        diffmask, misfits = load_saved(super().from_pretrained, source, "DiffMask", where, **kwargs)
+        refuse_misfits(misfits, source, "DiffMask", where)
         check_numbers(diffmask.config, where)
         name = diffmask.config.base_name_or_path
         if not diffmask.config.base_fingerprint or not (name or base):
             raise VDMError("cannot load the DiffMask: it does not say which classifier it explains", where=where,
                            expected="base_name_or_path and base_fingerprint", got="none", fix="train it again")  # fmt: skip
         if base is None:
-            beside = (folder / name).resolve()
+            beside = (Path(source) / name).resolve()
             if beside.is_dir():
                 name = str(beside)
             base = load_classifier(name)

@@ -11,8 +11,10 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 
 SPLITS = ("train", "validation", "test")
-MOVES = ("flip", "shift", "rotation")
+MOVES = ("flip", "shift", "rotation", "stretch")
 AUGMENTATIONS = (*MOVES, "blur", "noise")  # applied in this order, before normalisation
+NUMBERS = 9  # random numbers that augmenting a picture takes
+STRETCH = 0.15
 
 
 def hashed_uniform(seed: int, stream: int, index: np.ndarray, count: int) -> np.ndarray:
@@ -102,12 +104,12 @@ def augment_batch(
     """Augment float images [B, C, H, W] in [0, 1]; the numbers drawn depend on (seed, index) alone.
 
     flip: left-right with probability 1/2. shift: up to 1/8 of the side each way, edges reflected. rotation: ±20°.
-    blur: Gaussian, kernel 3, sigma 0.1–2. noise: Gaussian with standard deviation 1 *in normalised units*, as in the
+    stretch: width and height by ±15 % each, and a slant of up to 15 % of the height: how handwriting differs. blur: Gaussian, kernel 3, sigma 0.1–2. noise: Gaussian with standard deviation 1 *in normalised units*, as in the
     reference, where images span −1..1.
 
     A `truth` [B, rows, cols] is moved along with its image: afterwards it says which share of every cell is true.
     """
-    u = torch.from_numpy(hashed_uniform(seed, 11, index, 6))  # [B, 6], in 64 bits: in 32 it could round up to 1
+    u = torch.from_numpy(hashed_uniform(seed, 11, index, NUMBERS))  # [B, 9], in 64 bits: in 32 it could round up to 1
     moves = [name for name in MOVES if name in names]
     if truth is not None and moves:  # one more channel of the picture
         channels, cells = pixels.shape[1], tuple(truth.shape[-2:])
@@ -127,7 +129,7 @@ def augment_batch(
 
 
 def move_pixels(pixels: torch.Tensor, names: Sequence[str], u: torch.Tensor) -> torch.Tensor:
-    """The augmentations that move pixels [B, C, H, W] to other places, from uniforms [B, 6]."""
+    """The augmentations that move pixels [B, C, H, W] to other places, from uniforms [B, 9]."""
     batch, _, height, width = pixels.shape
     if "flip" in names:
         pixels = torch.where((u[:, 0] < 0.5)[:, None, None, None], pixels.flip(-1), pixels)
@@ -139,12 +141,15 @@ def move_pixels(pixels: torch.Tensor, names: Sequence[str], u: torch.Tensor) -> 
         cols = (left[:, None] + torch.arange(width))[:, None, None, :]  # [B, 1, 1, W]
         channels = torch.arange(pixels.shape[1])[None, :, None, None]
         pixels = padded[torch.arange(batch)[:, None, None, None], channels, rows, cols]
-    if "rotation" in names:
-        angle = torch.deg2rad(u[:, 3] * 40 - 20).to(pixels.dtype)
+    if {"rotation", "stretch"} & set(names):
+        angle = torch.deg2rad(u[:, 3] * 40 - 20) * ("rotation" in names)
+        wide, high, slant = (STRETCH * (2 * u[:, 6:9] - 1) * ("stretch" in names)).unbind(1)
         cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-        # in units of half the side: of half the width for x, of half the height for y
-        rows = [torch.stack([cos, -sin * height / width, zero], 1), torch.stack([sin * width / height, cos, zero], 1)]
-        place = F.affine_grid(torch.stack(rows, dim=1), list(pixels.shape), align_corners=False)
+        turn = torch.stack([cos, -sin, sin, cos], dim=1).unflatten(1, (2, 2))
+        turn = turn @ torch.stack([1 + wide, slant, zero, 1 + high], dim=1).unflatten(1, (2, 2))
+        side = torch.tensor([width, height], dtype=turn.dtype)
+        turn = turn * side / side[:, None]  # places count in half widths and half heights
+        place = F.affine_grid(F.pad(turn, (0, 1)).to(pixels.dtype), list(pixels.shape), align_corners=False)
         pixels = F.grid_sample(pixels, place, align_corners=False)  # bilinear, black outside
     return pixels
 

@@ -9,11 +9,12 @@ such a mask by another fill than the one it was made with (`metrics.deletion_cur
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 
 from vdm_utils.diffmask import Explanation, VisionDiffMask
-from vdm_utils.errors import check_integer
+from vdm_utils.errors import VDMError, check_integer
 from vdm_utils.gates import HardConcrete, combine_votes
 from vdm_utils.objective import Multiplier, expected_l0, kl_divergence, lagrangian
 
@@ -25,7 +26,12 @@ SLOWEST = 0.1
 
 
 def refine(
-    diffmask: VisionDiffMask, pixel_values: torch.Tensor, steps: int = 100, lr: float = 0.15, seed: int = 0
+    diffmask: VisionDiffMask,
+    pixel_values: torch.Tensor,
+    steps: int = 100,
+    lr: float = 0.15,
+    seed: int = 0,
+    eps: float | None = None,
 ) -> Explanation:
     """Explain images [B, C, H, W] with gates of their own that start from what the gate networks say.
 
@@ -36,12 +42,18 @@ def refine(
     Args:
         lr: of log_alpha, in Adam. A longer search with a smaller one ranks the patches better.
         seed: of the draws; torch's global random state is left alone.
+        eps: the KL in nats that a masked image may cost; by default the one that the gate networks were trained for.
     Returns:
         An `Explanation` whose `mask` is 0 or 1, and is the one that was checked. `scores` are log P(z ≠ 0) of its gates,
         `masks_per_layer` those of the gate networks, before refinement.
     """
     check_integer("steps", steps, 1, 10**6, "refine")
     config, states = diffmask.config, diffmask.view.encode(pixel_values)
+    eps = config.eps if eps is None else eps
+    if not (isinstance(eps, Real) and 0 < eps < math.inf):
+        raise VDMError(
+            "eps is out of range", where="refine", expected="a positive number", got=repr(eps), fix="change eps"
+        )
     stretch = config.temperature, config.low, config.high
     whole = states.logits.float()  # [B, C]
 
@@ -67,8 +79,8 @@ def refine(
     for _ in range(steps):
         gates = HardConcrete(log_alpha, *stretch)
         kl = cost(gates.rsample(generator=generator))[1]  # [B]
-        primal = lagrangian(expected_l0(gates.log_prob_nonzero), kl, multiplier.value, config.eps)  # [B]
-        dual = multiplier.dual_objective(slice(None), kl - config.eps)  # [B]
+        primal = lagrangian(expected_l0(gates.log_prob_nonzero), kl, multiplier.value, eps)  # [B]
+        dual = multiplier.dual_objective(slice(None), kl - eps)  # [B]
         # not backward(): the placeholder is not a player here
         log_alpha.grad, multiplier.parameter.grad = torch.autograd.grad((primal + dual).sum(), players)
         optimizer.step()
@@ -78,7 +90,7 @@ def refine(
             scores = HardConcrete(log_alpha, *stretch).log_prob_nonzero
             mask = (scores.exp() > 0.5).to(odds.dtype)
             logits, kl = cost(mask)
-            holds = (kl <= config.eps) & (logits.argmax(-1) == whole.argmax(-1))
+            holds = (kl <= eps) & (logits.argmax(-1) == whole.argmax(-1))
             smaller = holds & (mask.sum(1) < best[0].sum(1))
             for kept, found in zip(best, (mask, scores, logits, kl)):
                 kept[smaller] = found[smaller]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.utils import cached_file
 
 from vdm_utils.checkpoints import load_saved, refuse_misfits
 from vdm_utils.errors import VDMError, check_integer, unknown_name
@@ -150,7 +152,7 @@ def load_classifier(name_or_path: str | Path, num_labels: int | None = None) -> 
     """Load a classifier from a folder or the Hugging Face Hub (safetensors only, no remote code).
 
     With `num_labels` the head is replaced by a fresh one, and a warning says so, where the checkpoint has none for as
-    many classes.
+    many classes. Another warning tells of a model that wants pixels normalised otherwise than `load_data` does it.
 
     Raises:
         VDMError: when there is no such folder or Hub name, its files cannot be read or were altered after they were saved
@@ -160,7 +162,14 @@ def load_classifier(name_or_path: str | Path, num_labels: int | None = None) -> 
     if num_labels is not None:
         check_integer("num_labels", num_labels, 1, 2**20, where)
         options = {"num_labels": num_labels}
-    load = AutoModelForImageClassification.from_pretrained
+
+    def load(name: str, **options):
+        optional = {f"_raise_exceptions_for_{why}": False for why in ("missing_entries", "connection_errors")}
+        wanted = cached_file(name, "preprocessor_config.json", **optional)
+        if wanted is not None:
+            warn_of_normalisation(name, json.loads(Path(wanted).read_text(encoding="utf-8")))
+        return AutoModelForImageClassification.from_pretrained(name, **options)
+
     model, misfits = load_saved(load, name_or_path, "classifier", where, **options)
     # what the classifier has no use for, such as the text half of SigLIP, is left out
     known = model.state_dict()
@@ -170,6 +179,15 @@ def load_classifier(name_or_path: str | Path, num_labels: int | None = None) -> 
     if head:
         logger.warning("new head: %s now predicts %s classes and must be fine-tuned", name_or_path, num_labels)
     return model.eval()
+
+
+def warn_of_normalisation(name: str, wanted: dict) -> None:
+    """Say so where a model wants pixels of another mean and deviation (`preprocessor_config.json`) than `load_data` gives."""
+    for key in ("image_mean", "image_std"):
+        numbers = wanted.get(key) or 0.5
+        if any(number != 0.5 for number in (numbers if isinstance(numbers, list) else [numbers])):
+            logger.warning("%s wants pixels with %s %s; load_data gives 0.5: fold it into the first layer (notebook 08)",
+                           name, key, numbers)  # fmt: skip
 
 
 @torch.no_grad()

@@ -1,0 +1,163 @@
+"""What both training jobs share: a run that leaves its metrics behind, can be killed at any moment, and goes on as if it had
+not been."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import torch
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import rotate_checkpoints
+
+from vdm_utils.checkpoints import (
+    STATE,
+    check_writable,
+    guard_saving,
+    last_checkpoint,
+    verify_checksums,
+    write_checksums,
+    write_whole,
+)
+from vdm_utils.data import Pictures
+from vdm_utils.errors import VDMError
+from vdm_utils.settings import RunSettings
+from vdm_utils.vit import as_pair
+
+
+class TellEpoch(TrainerCallback):
+    """Tells the training data its epoch; Trainer does so too, but not for the rest of the epoch in which a run resumes."""
+
+    def __init__(self, data: Pictures):
+        self.data = data
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.data.set_epoch(int(state.epoch))
+
+
+class MetricsFile(TrainerCallback):
+    """Writes everything that was logged to `metrics.csv`; a resumed run keeps the rows from before."""
+
+    def on_log(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            write_whole(Path(args.output_dir, "metrics.csv"), pd.DataFrame(state.log_history).to_csv(index=False))
+
+
+class Checksums(TrainerCallback):
+    """Puts checksums beside every checkpoint, once its last file is written: a damaged one is never resumed.
+
+    Only then older ones are deleted, but for `keep` of them, the best included: one that is whole is always left.
+    """
+
+    def __init__(self, keep: int):
+        self.keep = keep
+
+    def on_save(self, args, state, control, **kwargs):
+        if args.world_size > 1:
+            torch.distributed.barrier()  # every process writes its own random state
+        if state.is_world_process_zero:
+            write_checksums(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+            rotate_checkpoints(args.output_dir, self.keep, state.best_model_checkpoint, use_mtime=True)
+
+
+def check_fit(model: PreTrainedModel, data: Pictures, job: str, classes: bool = True) -> None:
+    """Raise `VDMError` unless the classifier takes this dataset's pictures and, with `classes`, predicts its classes."""
+
+    def describe(labels: dict, channels: int, size: tuple[int, int]) -> str:
+        named = f"{len(labels)} classes ({labels[0]}, …), " if classes else ""
+        return f"{named}{channels} channel{'s' * (channels > 1)}, {size[0]}×{size[1]} pixels"
+
+    config = getattr(model.config, "vision_config", model.config)
+    # a ConvNeXt takes any size, and so has a size that means nothing
+    size = data.image_size if hasattr(config, "depths") else as_pair(config.image_size)
+    fits = (config.num_channels, tuple(size)) == (data.num_channels, tuple(data.image_size))
+    if classes:
+        fits &= model.config.num_labels == data.num_labels
+        # what a grid's classes count is in their names only; those of photographs are spelled differently by everyone
+        names = dict(model.config.id2label)
+        fits &= not data.has_truth or names[0].startswith("LABEL_") or names == dict(data.id2label)
+    if not fits:
+        raise VDMError("the classifier was not trained for this dataset", where=job,
+                       expected=describe(data.id2label, data.num_channels, data.image_size),
+                       got=describe(model.config.id2label, config.num_channels, size),
+                       fix="train one with train-base, or change the data options or --from_pretrained")  # fmt: skip
+
+
+def training_arguments(chosen: RunSettings, output_dir: Path, optimizer: str, **more) -> TrainingArguments:
+    check_writable(output_dir)
+    return TrainingArguments(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=chosen.batch_size,
+        per_device_eval_batch_size=max(chosen.batch_size, 128),
+        num_train_epochs=chosen.num_epochs,
+        max_steps=chosen.max_steps,
+        learning_rate=chosen.lr,
+        optim=optimizer,
+        logging_steps=chosen.log_every_n_steps,
+        dataloader_num_workers=chosen.num_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=not chosen.enable_progress_bar,
+        report_to=chosen.report_to,
+        seed=chosen.seed,
+        use_cpu=not torch.accelerator.is_available(),  # Trainer wants to be told before it computes in bfloat16 there
+        **more,
+    )
+
+
+def run_to_the_end(trainer: Trainer, chosen: RunSettings, resume: str | None) -> None:
+    """Run a Trainer from the start or from a checkpoint; `resume` is a folder, 'last' or None."""
+    trainer.remove_callback(PrinterCallback)  # metrics go to metrics.csv, not to stdout
+    trainer.add_callback(MetricsFile)
+    # Trainer would delete an old checkpoint while the new one still lacks its checksums
+    trainer.add_callback(Checksums(keep=trainer.args.save_total_limit))
+    trainer.args.save_total_limit = None
+    trainer.add_callback(TellEpoch(trainer.train_dataset))
+    guard_saving(trainer)
+    if resume == "last":
+        resume = last_checkpoint(Path(trainer.args.output_dir))
+    elif resume is not None and not Path(resume, STATE).is_file():
+        raise VDMError("nothing to resume", where="training", expected="a checkpoint-N folder of an earlier run", got=resume,
+                       fix="name one, or leave it out to start anew")  # fmt: skip
+    if resume is not None:
+        verify_checksums(Path(resume))
+    if resume is None or steps_left(trainer, Path(resume)):
+        trainer.train(resume_from_checkpoint=resume and str(resume))
+    trainer.save_state()
+
+
+def steps_left(trainer: Trainer, checkpoint: Path) -> bool:
+    """Whether a run goes on after a checkpoint. Where it does not, its state and best weights are loaded.
+
+    Trainer (5.23) would take a step too many from a checkpoint at the end of `max_steps`, and would count the evaluations
+    without progress, for early stopping, from zero again.
+    """
+    state, stopped = TrainerState.load_from_json(str(checkpoint / STATE)), False
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, EarlyStoppingCallback):
+            vars(callback).update(state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {}))
+            stopped = callback.early_stopping_patience_counter >= callback.early_stopping_patience
+    args = trainer.args
+    epochs = args.num_train_epochs * len(trainer.get_train_dataloader())
+    if not stopped and state.global_step < (args.max_steps if args.max_steps > 0 else math.ceil(epochs)):
+        return True
+    state.is_world_process_zero, trainer.state = trainer.is_world_process_zero(), state
+    best = state.best_model_checkpoint
+    trainer._load_from_checkpoint(best if best and Path(best).is_dir() else str(checkpoint))
+    return False
+
+
+def load_weights(model: PreTrainedModel, saved: PreTrainedModel, checkpoint: str) -> None:
+    try:
+        model.load_state_dict(saved.state_dict())
+    except RuntimeError as error:
+        raise VDMError("the checkpoint is of another model", where="training", expected=type(model).__name__, got=f"{checkpoint} ({error})",
+                       fix="give the options of the interrupted run") from error  # fmt: skip
