@@ -59,10 +59,13 @@ def main() -> None:
     for eps in wanted.eps:
         if eps != usual:
             note("refined", eps, 0, refine(diffmask, pictures, wanted.steps, eps=eps))
+    if wanted.table:
+        pd.concat(facts).to_csv(wanted.table, float_format="%.4f", index=False)
+    if len(masks) < 2:
+        return
     agreement = seed_stability(masks).table
     print(f"IoU of two seeds {agreement['IoU'].mean():.3f}, at random {agreement['at random'].mean():.3f}")
     if wanted.table:
-        pd.concat(facts).to_csv(wanted.table, float_format="%.4f", index=False)
         agreement.to_csv(wanted.table.with_stem(wanted.table.stem + "_seeds"), float_format="%.4f", index_label="seeds")
 
 

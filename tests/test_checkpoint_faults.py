@@ -450,7 +450,7 @@ def test_a_run_is_not_resumed_with_another_model(base_run, tmp_path, capsys):
         "--output_dir",
         str(tmp_path / "new"),
     ]
-    assert main(words) == 2 and "the checkpoint is of another model" in capsys.readouterr().err
+    assert main(words) == 2 and "these weights are of another model" in capsys.readouterr().err
 
 
 SHIPPED = sorted(path.parent for path in (ROOT / "data" / "checkpoints").glob("*/*/config.json"))

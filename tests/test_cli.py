@@ -253,6 +253,27 @@ def test_from_nothing_to_an_explanation(capsys, tmp_path, monkeypatch):
         assert all(torch.equal(weights[n], w) for n, w in load_file("mask/model.safetensors").items()) == equal
     assert not list((tmp_path / "other").glob("*.png"))
 
+    still = [
+        "--lr",
+        0,
+        "--lr_placeholder",
+        0,
+        "--lr_alpha",
+        0,
+        "--seed",
+        5,
+        "--sample_images",
+        0,
+        "--start_from",
+        "mask",
+    ]
+    assert run(capsys, *words, *still, "--output_dir", "same")[0] == 0
+    learned = [name for name in load_file("mask/model.safetensors") if name != "running"]  # averages of what was seen
+    before, after = (load_file(f"{folder}/model.safetensors") for folder in ("mask", "same"))
+    assert all(torch.equal(before[name], after[name]) for name in learned)
+    code, _, error = run(capsys, *words, "--no_placeholder", *still[6:], "--output_dir", "no")
+    assert code == 2 and "--start_from" in error and "mask" in error and not (tmp_path / "no").exists()
+
 
 def test_a_base_can_be_fine_tuned_for_another_task(capsys, base_run, tmp_path):
     words = split(

@@ -239,6 +239,7 @@ def test_classifiers_that_cannot_be_built(options, expected):
         (ClassifierSettings, {"patch_dropout": 2.0}),
         (ClassifierSettings, {"patch_masking": -0.1}),
         (DiffMaskSettings, {"block_share": 1.5}),
+        (DiffMaskSettings, {"block_size": 0}),
         (ClassifierSettings, {"weight_decay": -1.0}),
         (ClassifierSettings, {"warmup_steps": -1}),
         (ClassifierSettings, {"optimizer": "SGD"}),

@@ -126,12 +126,30 @@ def test_deletion_tables_are_those_of_the_runs():
         assert all(map(agrees, told, facts.loc[name])) if name in facts.index else set(told) == {""}, name
 
 
-def test_refined_masks_are_ahead():
-    areas = pd.read_csv(ROOT / "benchmarks" / "results" / "deletion_cifar10.csv", index_col="method")
-    others = ["Grad-CAM", "rollout", "random"]
-    refined = areas.loc["DiffMask, refined"]
-    assert refined["acc first"] < areas.loc[others, "acc first"].min()
-    assert refined["acc last"] > areas.loc[others, "acc last"].max()
+def test_refined_masks_are_better_where_the_readme_says():
+    paired = pd.read_csv(ROOT / "benchmarks" / "results" / "deletion_cifar10_paired.csv")
+    paired = paired[paired["measure"] == "probability"].set_index(["other", "direction"])
+    assert set(paired["fill"]) == {"mean colour", "noise", "token removal"} and len(paired) == 18
+    hard = paired.loc[("rollout", "important first")].set_index("fill")
+    assert (paired.drop(index=("rollout", "important first"))["low"] > 0).all()
+    assert hard.loc["noise", "low"] > 0 and (hard["low"] < 0).sum() == 2 and (hard["high"] > 0).all()
+
+
+def test_refinement_gains_and_costs_what_the_readme_says():
+    told = flat(claim("CIFAR-10"))
+    photos, shapes, seeds = (
+        pd.read_csv(ROOT / "benchmarks" / "results" / f"refinement_{name}.csv")
+        for name in ("cifar10", "shapes", "cifar10_seeds")
+    )
+    agreement = re.search(r"IoU ([\d.]+), masks of the same sizes at random places ([\d.]+)", told).groups()
+    assert agrees(agreement[0], seeds["IoU"].mean()) and agrees(agreement[1], seeds["at random"].mean())
+    overlap = re.search(r"IoU ([\d.]+) → ([\d.]+)", told).groups()
+    measured = shapes.groupby("masks")["IoU"].mean()
+    assert agrees(overlap[0], measured["gates"]) and agrees(overlap[1], measured["refined"])
+    dial = photos[(photos["masks"] == "refined") & (photos["seed"] == 0)].groupby("ε")["kept"].mean() * 100
+    shares = re.search(r"0.03, 0.1 and 0.3 nats keep (\d+), (\d+) and (\d+) %", told).groups()
+    assert all(agrees(share, dial[eps]) for share, eps in zip(shares, (0.03, 0.1, 0.3)))
+    assert photos[photos["masks"] == "refined"][["KL ≤ ε", "same class"]].min(axis=None) == 1
 
 
 def test_the_counter_of_photographs_counts():

@@ -187,11 +187,12 @@ def test_steps_can_be_spent_on_the_last_gate(base, tmp_path):
     assert torch.allclose(share, torch.tensor([0.1] * 5 + [0.5]), atol=0.02)
 
 
-def test_squares_of_patches_share_a_gate_in_the_first_steps(base, toy, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("options", "side"), [({}, 2), ({"block_size": 3}, 3)])
+def test_squares_of_patches_share_a_gate_in_the_first_steps(base, toy, tmp_path, monkeypatch, options, side):
     seen, forward = [], VisionDiffMask.forward
     monkeypatch.setattr(VisionDiffMask, "forward", lambda *a, **k: seen.append(k["block"]) or forward(*a, **k))
-    run_diffmask(base, toy, tmp_path, max_steps=10, log_every_n_steps=50, block_share=0.4)
-    assert seen == [2] * 4 + [1] * 6
+    run_diffmask(base, toy, tmp_path, max_steps=10, log_every_n_steps=50, block_share=0.4, **options)
+    assert seen == [side] * 4 + [1] * 6
 
 
 def test_running_averages_follow_the_layer_that_was_drawn(base, toy, tmp_path, monkeypatch):

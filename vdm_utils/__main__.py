@@ -18,7 +18,7 @@ from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.errors import VDMError, unknown_name
 from vdm_utils.plots import SampleImages, explained_beside_others, to_png
 from vdm_utils.refine import refine
-from vdm_utils.runs import check_fit
+from vdm_utils.runs import check_fit, load_weights
 from vdm_utils.settings import (
     RECIPES,
     ClassifierSettings,
@@ -78,6 +78,7 @@ NEEDS = {
     "class_idx": (lambda c: c.dataset == "toy" or c.dataset.endswith("_QA"), "a counting dataset"),
     "augment_cells": (lambda c: c.dataset.endswith("_QA") and c.augmentations(), "a _QA dataset and an augmentation"),
     "skip_unreadable": (lambda c: c.dataset.startswith(("folder", "ImageNet")), "--dataset folder or ImageNet"),
+    "block_size": (lambda c: c.block_share > 0, "--block_share"),
     "lr_placeholder": (lambda c: not c.no_placeholder, "a placeholder, so no --no_placeholder"),
     "size": (lambda c: not c.from_pretrained, "a base from scratch, so no --from_pretrained"),
     "patch_size": (lambda c: not c.from_pretrained, "a base from scratch, so no --from_pretrained"),
@@ -195,6 +196,8 @@ def train(words: list[str]) -> dict:
     model = load_classifier(chosen.from_pretrained)
     set_seed(chosen.seed)
     diffmask = VisionDiffMask.for_classifier(model, **chosen.config())
+    if chosen.start_from:
+        load_weights(diffmask, VisionDiffMask.from_pretrained(chosen.start_from), chosen.start_from, "--start_from")
     train, validation = datasets(chosen, image_size=diffmask.view.image_size[0])
     check_fit(model, train, "train")
     pictures = SampleImages(validation, chosen.sample_images) if chosen.sample_images > 0 else None

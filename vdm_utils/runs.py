@@ -155,9 +155,10 @@ def steps_left(trainer: Trainer, checkpoint: Path) -> bool:
     return False
 
 
-def load_weights(model: PreTrainedModel, saved: PreTrainedModel, checkpoint: str) -> None:
+def load_weights(model: PreTrainedModel, saved: PreTrainedModel, source: str, where: str = "training") -> None:
+    """Give `model` the weights of another one of its kind; `VDMError` unless they are all there, in the same shapes."""
     try:
         model.load_state_dict(saved.state_dict())
     except RuntimeError as error:
-        raise VDMError("the checkpoint is of another model", where="training", expected=type(model).__name__, got=f"{checkpoint} ({error})",
-                       fix="give the options of the interrupted run") from error  # fmt: skip
+        raise VDMError("these weights are of another model", where=where, expected=type(model).__name__ + " of the same shape",
+                       got=f"{source} ({str(error).splitlines()[-1].strip()})", fix="give the options of that run") from error  # fmt: skip

@@ -16,7 +16,7 @@ from vdm_utils.errors import VDMError, unknown_name
 LIMITS = {
     "batch_size": (1, 2**20), "num_workers": (0, 1024), "num_epochs": (1e-9, 1e9), "log_every_n_steps": (1, 2**32),
     "warmup_steps": (0, 2**32), "gate_warmup_steps": (0, 2**32), "patience": (1, 2**32), "lr": (0, 1e3), "weight_decay": (0, 1e3),
-    "sample_images": (0, 2**20), "refine": (0, 2**20), "shortcut": (0, 1.001), "patch_dropout": (0, 1), "patch_masking": (0, 1.001), "adam_beta2": (0, 1), "lr_decay": (0, 1.001), "last_layer_share": (0, 1.001), "block_share": (0, 1.001),
+    "sample_images": (0, 2**20), "refine": (0, 2**20), "block_size": (1, 2**10), "shortcut": (0, 1.001), "patch_dropout": (0, 1), "patch_masking": (0, 1.001), "adam_beta2": (0, 1), "lr_decay": (0, 1.001), "last_layer_share": (0, 1.001), "block_share": (0, 1.001),
 }  # fmt: skip
 
 
@@ -137,6 +137,7 @@ class DiffMaskSettings(RunSettings):
         "tanlq/vit-base-patch16-224-in21k-finetuned-cifar10", "Hub name or folder of the classifier to explain"
     )
     diffmask_checkpoint: str | None = option(None, "checkpoint folder of an interrupted run to resume, or 'last'")
+    start_from: str | None = option(None, "folder of another DiffMask, of a base of the same shape, to start from")
     sample_images: int = option(8, "images of the picture grid that is drawn at every evaluation")
     alpha: float = option(20.0, "start of the Lagrange multipliers")
     alpha_min: float = option(0.0, "lower bound of the multipliers")
@@ -158,7 +159,8 @@ class DiffMaskSettings(RunSettings):
     last_layer_share: float = option(
         0.0, "share of the steps spent on the last gate, whose mask is the one that is shown"
     )
-    block_share: float = option(0.0, "first share of the steps in which squares of 2 × 2 patches share one gate")
+    block_share: float = option(0.0, "first share of the steps in which squares of patches share one gate")
+    block_size: int = option(2, "patches per side of such a square")
     shared_noise: bool = option(False, "draw one random number per gate for all patches of an image, not one for each")
     weighted_layer_distribution: bool = option(False, "draw layers that are already accurate and sparse less often")
 

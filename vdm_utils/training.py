@@ -59,11 +59,6 @@ __all__ = [
 SETTLED_ACCURACY, SETTLED_L0, SETTLED_WEIGHT = 0.75, 0.1, 0.1
 
 
-# A cell or an object part fills several patches. Gates that decide for one patch at a time can get stuck at dropping the same
-# part of each; deciding for squares of so many patches a side first, then for single ones, they do not (measured on digits_QA).
-BLOCK = 2
-
-
 @contextmanager
 def dropped_patches(model: PreTrainedModel, fraction: float) -> Iterator[None]:
     """While training, leave a random `fraction` of the patches out of every image, after positions are added.
@@ -282,8 +277,10 @@ class DiffMaskTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         layer = self.draw_layer()
+        # A cell or an object part fills several patches. Gates that decide for one patch at a time can get stuck at dropping
+        # the same part of each; deciding for squares of patches first, then for single ones, they do not (measured on digits_QA).
         blocks = self.state.global_step < self.chosen.block_share * self.state.max_steps
-        block, shared = BLOCK if blocks else 1, self.chosen.shared_noise
+        block, shared = self.chosen.block_size if blocks else 1, self.chosen.shared_noise
         output: DiffMaskOutput = model(inputs["pixel_values"], layer=layer, block=block, shared_noise=shared)
         self.recent.append(torch.stack([output.kl.mean(), output.l0.mean()]))
         with torch.no_grad():  # running averages over about 10 visits of the layer
