@@ -68,6 +68,20 @@ def test_an_epsilon_out_of_reach_keeps_everything_and_costs_more(toy, monkeypatc
     assert (made[0].value > PRICE).all(), "KL > ε, so every price has to rise"
 
 
+def test_epsilon_is_a_dial():
+    diffmask = VisionDiffMask.from_pretrained(checkpoint("digits", "diffmask"))
+    pictures = load_data("digits", "validation").batch(range(16))["pixel_values"]
+    found = {eps: refine(diffmask, pictures, steps=60, eps=eps) for eps in (0.01, 0.1, 0.5)}
+    assert all((one.kl <= eps).all() for eps, one in found.items()) and (found[0.5].kl > 0.1).any()
+    kept = [one.kept.mean() for one in found.values()]
+    assert kept[0] > kept[1] >= kept[2]
+    default = refine(diffmask, pictures, steps=60)
+    assert diffmask.config.eps == 0.1 and torch.equal(default.mask, found[0.1].mask)
+    for eps in (0, -1, float("nan"), float("inf"), "0.1"):
+        with pytest.raises(VDMError, match="eps is out of range"):
+            refine(diffmask, pictures, eps=eps)
+
+
 def test_nothing_is_left_behind(toy):
     diffmask, batch = toy
     before = {name: value.clone() for name, value in diffmask.state_dict().items()}
