@@ -101,9 +101,15 @@ def list_images(folder: Path) -> tuple[list[Path], np.ndarray, list[str]]:
     return files, np.array(classes), names
 
 
-def read_image_folder(folder: Path, channels: int = 3) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """All of `<folder>/<class>/<image>` at once: uint8 [M, C, H, W], class indices [M], class names (sorted)."""
+def read_image_folder(
+    folder: Path, channels: int = 3, split: str = "test"
+) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """`<folder>/<class>/<image>` in memory: uint8 [M, C, H, W], class indices [M], class names (sorted). Of a folder of
+    training pictures only those of the `split` (`train` or `validation`, see `held_out`) are read."""
     files, classes, names = list_images(folder)
+    if split != "test":
+        part = held_out(len(files), split)
+        files, classes = [files[i] for i in part], classes[part]
     images = [np.asarray(read_image(file, channels)) for file in files]
     sizes = {image.shape[:2] for image in images}
     if len(sizes) > 1:
@@ -132,11 +138,11 @@ class FolderImages(Pictures):
         return {"pixels": pixels, "labels": self.classes[torch.from_numpy(index)]}
 
 
-def held_out(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """A shuffled (train, validation) split of `count` training pictures; it never depends on a seed."""
+def held_out(count: int, split: str) -> np.ndarray:
+    """Which of `count` training pictures are the `train` or the `validation` split, shuffled; it never depends on a seed."""
     order = np.random.default_rng(0).permutation(count)
     cut = min(count // 10, HELD_OUT)
-    return order[cut:], order[:cut]
+    return order[cut:] if split == "train" else order[:cut]
 
 
 def image_folder(
@@ -250,7 +256,7 @@ def downloadable(name: str, split: str, data_dir, seed: int) -> ImageSet:
     for place in places:
         folder = place / name.lower()
         if (folder / part).is_dir():
-            images, classes, names = read_image_folder(folder / part, channels)
+            images, classes, names = read_image_folder(folder / part, channels, split)
             if len(names) != 10:
                 raise VDMError("data only half unpacked", where=str(folder / part), expected="10 class folders",
                                got=len(names), fix="unpack the data again")  # fmt: skip
@@ -274,8 +280,8 @@ def downloadable(name: str, split: str, data_dir, seed: int) -> ImageSet:
             images = torch.as_tensor(found.data)
             images = images[:, None] if channels == 1 else images.permute(0, 3, 1, 2).contiguous()
             classes, names = torch.as_tensor(found.targets), found.classes
+            if split != "test":
+                chosen = torch.from_numpy(held_out(len(images), split))
+                images, classes = images[chosen], classes[chosen]
             break
-    if split != "test":
-        chosen = torch.from_numpy(held_out(len(images))[("train", "validation").index(split)])
-        images, classes = images[chosen], classes[chosen]
     return ImageSet(name, split, images, classes, list(names), seed=seed)
