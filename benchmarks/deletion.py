@@ -14,17 +14,14 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from shipped import DATASETS, promise, shipped
 from transformers.utils import logging as transformers_logging
 
 from vdm_utils.attributions import attention_rollout, grad_cam
-from vdm_utils.data import load_data
-from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.faithfulness import compare, paired_comparison, perturbation_areas
 from vdm_utils.metrics import FILLS
-from vdm_utils.notebook import checkpoint
 from vdm_utils.refine import refine
 
-DATASETS = {"cifar10": "CIFAR10", "shapes": "shapes", "digits": "digits"}
 MEASURES, DIRECTIONS = {"probability": "acc", "kl": "KL"}, {"important first": "first", "unimportant first": "last"}
 
 
@@ -37,10 +34,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="CSV to write; …_pictures.csv and …_paired.csv go beside it")
     wanted = parser.parse_args()
     transformers_logging.disable_progress_bar()
-    diffmask = VisionDiffMask.from_pretrained(checkpoint(wanted.task, "diffmask"))
-    data = load_data(DATASETS[wanted.task], "test")
-    chosen = torch.linspace(0, len(data) - 1, min(wanted.images, len(data))).long().tolist()  # spread over the classes
-    batch = data.batch(chosen)
+    diffmask, chosen, batch = shipped(wanted.task, wanted.images)
     pictures, labels = batch["pixel_values"], batch["labels"]
     parts = pictures.split(100)
     shown = {"DiffMask": [diffmask.explain(part) for part in parts]}
@@ -49,12 +43,11 @@ def main() -> None:
     ours = list(shown)[-1]
     facts = []
     for name, explained in shown.items():
-        kept, kl, before, after = (
-            torch.cat([getattr(one, field) for one in explained]) for field in ("kept", "kl", "logits", "masked_logits")
+        kept = pd.concat([promise(one, diffmask.config.eps) for one in explained], ignore_index=True)
+        predicted = torch.cat([one.logits for one in explained]).argmax(-1)
+        facts.append(
+            pd.DataFrame({"method": name, "picture": chosen, "label": labels, "predicted": predicted}).join(kept)
         )
-        before, after = before.argmax(-1), after.argmax(-1)
-        facts.append(pd.DataFrame({"method": name, "picture": chosen, "label": labels, "predicted": before, "kept": kept, "KL": kl,
-                                   "KL ≤ ε": (kl <= diffmask.config.eps).int(), "same class": (before == after).int()}))  # fmt: skip
     facts = pd.concat(facts)
     print(facts.groupby("method")[["kept", "KL", "KL ≤ ε", "same class"]].mean().round(3).to_string(), flush=True)
     scores = {name: torch.cat([one.scores for one in explained]) for name, explained in shown.items()}

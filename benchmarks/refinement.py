@@ -11,17 +11,13 @@ import argparse
 from pathlib import Path
 
 import pandas as pd
-import torch
+from shipped import DATASETS, promise, shipped
 from transformers.utils import logging as transformers_logging
 
-from vdm_utils.data import load_data
-from vdm_utils.diffmask import Explanation, VisionDiffMask
+from vdm_utils.diffmask import Explanation
 from vdm_utils.metrics import on_grid, patch_iou
-from vdm_utils.notebook import checkpoint
 from vdm_utils.refine import refine
 from vdm_utils.sanity import seed_stability
-
-DATASETS = {"cifar10": "CIFAR10", "shapes": "shapes", "digits": "digits"}
 
 
 def main() -> None:
@@ -34,21 +30,16 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="CSV to write; the agreement of the seeds goes to …_seeds.csv")
     wanted = parser.parse_args()
     transformers_logging.disable_progress_bar()
-    diffmask = VisionDiffMask.from_pretrained(checkpoint(wanted.task, "diffmask"))
-    data = load_data(DATASETS[wanted.task], "test")
-    chosen = torch.linspace(0, len(data) - 1, min(wanted.images, len(data))).long().tolist()  # spread over the classes
-    batch = data.batch(chosen)
+    diffmask, chosen, batch = shipped(wanted.task, wanted.images)
     pictures, usual = batch["pixel_values"], diffmask.config.eps
     facts, masks = [], []
 
     def note(masks: str, eps: float, seed: int, shown: Explanation) -> None:
-        before, after = shown.logits.argmax(-1), shown.masked_logits.argmax(-1)
-        row = {"masks": masks, "ε": eps, "seed": seed, "picture": chosen, "kept": shown.kept, "KL": shown.kl,
-               "KL ≤ ε": (shown.kl <= eps).int(), "same class": (before == after).int()}  # fmt: skip
+        row = pd.DataFrame({"masks": masks, "ε": eps, "seed": seed, "picture": chosen}).join(promise(shown, eps))
         if "truth" in batch:
             touched = on_grid(batch["truth"], diffmask.view.grid) > 0
             row["IoU"] = patch_iou(shown.mask, touched.float())
-        facts.append(pd.DataFrame(row))
+        facts.append(row)
         print(f"{masks}, ε {eps}, seed {seed}:", facts[-1].drop(columns=["masks", "ε", "seed", "picture"]).mean().round(3).to_dict(), flush=True)  # fmt: skip
 
     note("gates", usual, 0, diffmask.explain(pictures))

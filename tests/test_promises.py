@@ -126,6 +126,14 @@ def test_deletion_tables_are_those_of_the_runs():
         assert all(map(agrees, told, facts.loc[name])) if name in facts.index else set(told) == {""}, name
 
 
+def test_rollout_is_ahead_on_shapes_by_what_the_readme_says():
+    paired = pd.read_csv(ROOT / "benchmarks" / "results" / "deletion_shapes_paired.csv")
+    paired = paired[(paired["measure"] == "probability") & (paired["other"] == "rollout")].set_index("direction")
+    told = re.search(r"rollout is better than DiffMask here, by ([\d.]+) and ([\d.]+)", flat(claim("Shapes"))).groups()
+    for number, direction in zip(told, ("important first", "unimportant first")):
+        assert agrees(number, -paired.loc[direction, "difference"]) and paired.loc[direction, "high"] < 0
+
+
 def test_refined_masks_are_better_where_the_readme_says():
     paired = pd.read_csv(ROOT / "benchmarks" / "results" / "deletion_cifar10_paired.csv")
     paired = paired[paired["measure"] == "probability"].set_index(["other", "direction"])

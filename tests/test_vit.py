@@ -258,6 +258,7 @@ def test_a_saved_classifier_comes_back(base, pictures, tmp_path, caplog):
 @pytest.mark.parametrize(("wanted", "told"), [
     ({"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}, []), ({"image_mean": 0.5}, []), ({}, []),
     ({"image_mean": [0.485, 0.456, 0.406], "image_std": [0.5] * 3}, ["image_mean"]),
+    ({"image_mean": 0, "image_std": 1}, ["image_mean", "image_std"]),
     ({"image_mean": [0.0] * 3, "image_std": [0.5, 0.5, 1]}, ["image_mean", "image_std"]),
 ])  # fmt: skip
 def test_a_model_that_wants_other_numbers_says_so(base, tmp_path, caplog, wanted, told):

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vdm_utils.checkpoints import write_checksums
-from vdm_utils.notebook import CHECKPOINTS
+from vdm_utils.notebook import CHECKPOINTS, REPOSITORY
 from vdm_utils.vit import fingerprint, load_classifier
 
 PICTURES = "--batch_size 128 --weight_decay 0.05 --num_workers 0 --bf16 --patience 100 --add_flip --add_shift"
@@ -31,7 +31,7 @@ STRETCHED = (
     "--augment_cells --num_epochs 4 --patience 100 --num_workers 0"
 )
 # part: arguments of `python -m vdm_utils`, stage after stage; a later stage of a base goes on from the one before. The run
-# folder is added, and for a DiffMask its base.
+# folder is added, and for a DiffMask its base unless it names one. {runs}: where the stages of other parts are.
 TASKS = {
     "toy": {
         "base": ["train-base --recipe quick --dataset toy --max_steps 600 --log_every_n_steps 200 --seed 0"],
@@ -105,7 +105,6 @@ TASKS = {
         ],
     },
 }
-ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("config.json", "model.safetensors")
 
 
@@ -129,7 +128,7 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", default=list(TASKS), help=f"from {list(TASKS)}, or one part: toy/base")
     parser.add_argument("--runs", type=Path, default=Path("runs/checkpoints"))
     wanted = parser.parse_args()
-    os.chdir(ROOT)  # the commands on the cards name folders from here
+    os.chdir(REPOSITORY)  # the commands on the cards name folders from here
     for task, _, only in (name.partition("/") for name in wanted.tasks):
         for part, stages in TASKS[task].items():
             if only not in ("", part):

@@ -104,7 +104,8 @@ def augment_batch(
     """Augment float images [B, C, H, W] in [0, 1]; the numbers drawn depend on (seed, index) alone.
 
     flip: left-right with probability 1/2. shift: up to 1/8 of the side each way, edges reflected. rotation: ±20°.
-    stretch: width and height by ±15 % each, and a slant of up to 15 % of the height: how handwriting differs. blur: Gaussian, kernel 3, sigma 0.1–2. noise: Gaussian with standard deviation 1 *in normalised units*, as in the
+    stretch: width and height by ±15 % each, and a slant of up to 15 % of the height, as handwriting differs.
+    blur: Gaussian, kernel 3, sigma 0.1–2. noise: Gaussian with standard deviation 1 *in normalised units*, as in the
     reference, where images span −1..1.
 
     A `truth` [B, rows, cols] is moved along with its image: afterwards it says which share of every cell is true.

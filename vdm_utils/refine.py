@@ -9,12 +9,11 @@ such a mask by another fill than the one it was made with (`metrics.deletion_cur
 from __future__ import annotations
 
 import math
-from numbers import Real
 
 import torch
 
-from vdm_utils.diffmask import Explanation, VisionDiffMask
-from vdm_utils.errors import VDMError, check_integer
+from vdm_utils.diffmask import Explanation, VisionDiffMask, VisionDiffMaskConfig, check_numbers
+from vdm_utils.errors import check_integer
 from vdm_utils.gates import HardConcrete, combine_votes
 from vdm_utils.objective import Multiplier, expected_l0, kl_divergence, lagrangian
 
@@ -50,10 +49,7 @@ def refine(
     check_integer("steps", steps, 1, 10**6, "refine")
     config, states = diffmask.config, diffmask.view.encode(pixel_values)
     eps = config.eps if eps is None else eps
-    if not (isinstance(eps, Real) and 0 < eps < math.inf):
-        raise VDMError(
-            "eps is out of range", where="refine", expected="a positive number", got=repr(eps), fix="change eps"
-        )
+    check_numbers(VisionDiffMaskConfig(eps=eps), "refine")
     stretch = config.temperature, config.low, config.high
     whole = states.logits.float()  # [B, C]
 

@@ -184,8 +184,8 @@ def load_classifier(name_or_path: str | Path, num_labels: int | None = None) -> 
 def warn_of_normalisation(name: str, wanted: dict) -> None:
     """Say so where a model wants pixels of another mean and deviation (`preprocessor_config.json`) than `load_data` gives."""
     for key in ("image_mean", "image_std"):
-        numbers = wanted.get(key) or 0.5
-        if any(number != 0.5 for number in (numbers if isinstance(numbers, list) else [numbers])):
+        numbers = wanted.get(key)
+        if set(numbers if isinstance(numbers, list) else [numbers]) - {0.5, None}:
             logger.warning("%s wants pixels with %s %s; load_data gives 0.5: fold it into the first layer (notebook 08)",
                            name, key, numbers)  # fmt: skip
 
