@@ -129,7 +129,7 @@ def test_deletion_tables_are_those_of_the_runs():
 def test_rollout_is_ahead_on_shapes_by_what_the_readme_says():
     paired = pd.read_csv(ROOT / "benchmarks" / "results" / "deletion_shapes_paired.csv")
     paired = paired[(paired["measure"] == "probability") & (paired["other"] == "rollout")].set_index("direction")
-    told = re.search(r"rollout is better than DiffMask here, by ([\d.]+) and ([\d.]+)", flat(claim("Shapes"))).groups()
+    told = re.search(r"rollout is better than DiffMask here, by (0.\d+) and (0.\d+)", flat(claim("Shapes"))).groups()
     for number, direction in zip(told, ("important first", "unimportant first")):
         assert agrees(number, -paired.loc[direction, "difference"]) and paired.loc[direction, "high"] < 0
 
