@@ -50,15 +50,18 @@ class Recipe:
 
     heads: int
     steps_per_row: int
+    empty_cells: float
     name: str
     changes: dict = field(default_factory=dict)
 
 
-SMALL = Recipe(heads=4, steps_per_row=200, name="quick")
+SMALL = Recipe(heads=4, steps_per_row=200, empty_cells=0.0, name="quick")
 # A classifier of 16 cells and more counts right long before it is sure where all distractors look alike, as they do behind a
 # perfect mask: one head and more steps make it surer. And random masks that drop half of so many cells cost so much KL that α
 # soars, and gates close at "keep" for a whole distractor colour: start with nearly all kept and a low price instead.
-LARGE = Recipe(heads=1, steps_per_row=500, name="pictures", changes={"max_steps": 1000, "dataset": "toy"})
+LARGE = Recipe(
+    heads=1, steps_per_row=500, empty_cells=0.0, name="pictures", changes={"max_steps": 1000, "dataset": "toy"}
+)
 # Not lower than 3 on 4×4: below, counted cells stay a little open to the end, every batch drops one of them, and the placeholder,
 # which has to learn faster here, follows these few grids instead of all. On 5×5 that price is too high to close every distractor.
 FOUR = replace(LARGE, changes=LARGE.changes | {"alpha": 3.0, "alpha_min": 3.0, "lr_placeholder": 0.02})
@@ -82,7 +85,7 @@ ABLATIONS = {
 }
 
 
-def base_for(seed: int, grid_size: int, class_idx: int, folder: Path, steps: int, heads: int):
+def base_for(seed: int, grid_size: int, class_idx: int, folder: Path, steps: int, heads: int, empty_cells: float):
     """The classifier of a seed, trained once: (model, test accuracy, seconds)."""
     options = {"grid_size": grid_size, "class_idx": class_idx, "seed": seed}
     train, validation, test = (load_data("toy", split, **options) for split in ("train", "validation", "test"))
@@ -97,7 +100,8 @@ def base_for(seed: int, grid_size: int, class_idx: int, folder: Path, steps: int
         chosen = settings(
             ClassifierSettings, "quick", max_steps=steps, log_every_n_steps=100, patience=steps, seed=seed
         )
-        train_classifier(model, train, validation, chosen, folder)
+        schooling = load_data("toy", "train", empty_cells=empty_cells, **options)
+        train_classifier(model, schooling, validation, chosen, folder)
     model = load_classifier(str(folder))
     return model, train, validation, test, evaluate_classifier(model, test)["accuracy"]
 
@@ -110,6 +114,9 @@ def main() -> None:
     parser.add_argument("--class_idx", type=int, default=3)
     parser.add_argument("--base_heads", type=int, help="attention heads of the classifier; default: by grid size")
     parser.add_argument("--base_steps", type=int, help="training steps of the classifier; default: by grid size")
+    parser.add_argument(
+        "--empty_cells", type=float, help="share of the classifier's grids with empty cells; default: by grid size"
+    )
     parser.add_argument("--without", nargs="*", default=["recipe"], help=f"'all' or names from {list(ABLATIONS)}")
     parser.add_argument("--set", nargs="*", default=[], help="further changes to the recipe, name=number")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -129,14 +136,15 @@ def main() -> None:
     table = wanted.table or wanted.output_dir / "table.csv"
     table.parent.mkdir(parents=True, exist_ok=True)
     recipe = RECIPES.get(wanted.grid_size, LARGE)
-    usual = (recipe.heads, recipe.steps_per_row * wanted.grid_size)
-    heads, steps = wanted.base_heads or usual[0], wanted.base_steps or usual[1]
-    base = "" if (heads, steps) == usual else f", base with {heads} head(s) and {steps} steps"
+    usual = (recipe.heads, recipe.steps_per_row * wanted.grid_size, recipe.empty_cells)
+    given = (wanted.base_heads, wanted.base_steps, wanted.empty_cells)
+    heads, steps, empty = (own if asked is None else asked for own, asked in zip(usual, given, strict=True))
+    base = "" if (heads, steps, empty) == usual else f", base with {heads} head(s), {steps} steps and {empty} empty"
     task = f"grid{wanted.grid_size}-class{wanted.class_idx}{base.replace(' ', '-')}"
     for seed in range(wanted.first_seed, wanted.first_seed + wanted.seeds):
         folder = wanted.output_dir / task / f"seed{seed}"
         model, train, validation, test, accuracy = base_for(
-            seed, wanted.grid_size, wanted.class_idx, folder / "base", steps, heads
+            seed, wanted.grid_size, wanted.class_idx, folder / "base", steps, heads, empty
         )
         for name in names:
             what = name + base + "".join(f", {change}" for change in wanted.set)

@@ -447,6 +447,32 @@ def test_cells_can_move_by_themselves():
     assert torch.equal(test["pixel_values"], load_data("digits_QA", "test", length=60).batch(range(60))["pixel_values"])
 
 
+@pytest.mark.parametrize(("name", "cell"), [("toy", 16), ("digits_QA", 16)])
+def test_cells_can_be_left_empty_and_are_not_counted(name, cell):
+    options = {"length": 4000, "image_size": 3 * cell}
+    plain = load_data(name, "train", **options).batch(range(4000))
+    grids = load_data(name, "train", empty_cells=0.5, **options)
+    some = grids.batch(range(4000))
+    before, after = (tiles(pixels(batch), 3).flatten(3) for batch in (plain, some))  # [B, 3, 3, pixels]
+    empty = (after == data.EMPTY).all(-1)
+    assert not (before == data.EMPTY).all(-1).any() and torch.equal(after[~empty], before[~empty])
+    assert torch.equal(some["truth"], plain["truth"] * ~empty)
+    assert torch.equal(some["labels"], some["truth"].sum((1, 2)).long())
+    # about half of the grids are as they were, and a cell is left empty whether it is counted or not
+    assert 0.4 < empty.flatten(1).any(1).float().mean() < 0.5
+    shares = [empty[plain["truth"] == counted].float().mean() for counted in (0, 1)]
+    assert abs(shares[0] - 0.25) < 0.02 and abs(shares[1] - shares[0]) < 0.02
+    # how many cells are left does not give the label away: every count of them is equally likely
+    left = 9 - empty.sum((1, 2))
+    for filled in (2, 4, 6):
+        counts = some["labels"][left == filled].bincount(minlength=filled + 1)
+        assert counts.sum() > 100 and chisquare(counts).pvalue > 0.01
+    grids.set_epoch(1)
+    assert not torch.equal(grids.batch(range(20))["labels"], some["labels"][:20])
+    for split in ("validation", "test"):
+        assert same(*(load_data(name, split, empty_cells=share).batch(range(20)) for share in (0.0, 1.0)))
+
+
 def test_the_truth_of_a_grid_moves_too():
     options = {"grid_size": 4, "length": 64}
     plain, flipped = (load_data("toy", "train", augment=names, **options).batch(range(64)) for names in ((), ("flip",)))

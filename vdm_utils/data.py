@@ -13,6 +13,7 @@ from numbers import Real
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from vdm_utils import sources
 from vdm_utils.errors import VDMError, check_integer, unknown_name
@@ -42,6 +43,7 @@ __all__ = [
 
 TOY_COLOURS = ("red", "green", "blue", "yellow", "magenta", "cyan")
 TOY_RGB = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [255, 0, 255], [0, 255, 255]])
+EMPTY = 128  # mid grey, which is 0 after normalisation and no toy colour
 CLASSIFICATION = ("shapes", "digits", "MNIST", "CIFAR10", "ImageNet", "folder")
 DATASETS = ("toy", *CLASSIFICATION, *(f"{name}_QA" for name in CLASSIFICATION))
 
@@ -54,14 +56,38 @@ def place_counts(seed: int, stream: int, index: np.ndarray, cells: int) -> tuple
     return count, rank < count[:, None]
 
 
-class ToyGrids(Pictures):
+class Grids(Pictures):
+    """What both counting tasks share: square grids of cells, counted cells as `truth`, and cells that are left empty."""
+
+    has_truth = True
+    empty_cells = 0.0  # share of the grids of which a random share of the cells is left empty
+
+    def _count(self, index: np.ndarray, pixels: torch.Tensor, truth: np.ndarray) -> dict[str, torch.Tensor]:
+        """The item of every grid: `pixels` uint8 [B, C, H, W], `truth` [B, N], and as label how many are true.
+
+        Counted or not, a cell is left empty with the same probability, and the label counts what is left. As counts are
+        uniform, so are those of the cells that are left: how many there are does not give the label away.
+        """
+        side = self.grid_size
+        if self.empty_cells:
+            u = hashed_uniform(self.seed + 7919 * self.epoch, 13, index, truth.shape[1] + 2)
+            filled = u[:, 2:] >= np.where(u[:, :1] < self.empty_cells, u[:, 1:2], 0.0)  # [B, N]
+            plane = torch.from_numpy(filled).view(-1, 1, side, side).float()
+            pixels = torch.where(F.interpolate(plane, size=pixels.shape[-2:]) > 0, pixels, EMPTY)
+            truth = truth & filled
+        return {
+            "pixels": pixels,
+            "labels": torch.from_numpy(truth.sum(axis=1)),
+            "truth": torch.from_numpy(truth).float().view(-1, side, side),
+        }
+
+
+class ToyGrids(Grids):
     """The counting task of the reference's toy experiment: solid-colour cells, label = how many have one colour.
 
     A cell is one patch, unless cells do not fill the image evenly. Counts are uniform on 0..grid_size², so that no label is
     rare; the other cells take one of the five other colours each. `truth` is 1 on the counted cells.
     """
-
-    has_truth = True
 
     def __init__(self, split: str, *, length: int, grid_size: int, class_idx: int, image_size: int, seed: int, augment):
         super().__init__("toy", split, length, seed, augment)
@@ -79,26 +105,21 @@ class ToyGrids(Pictures):
         return count, truth, np.where(truth, self.class_idx, other)
 
     def _draw(self, index):
-        count, truth, colour = self.colours(index)
+        _, truth, colour = self.colours(index)
         side = self.grid_size
         cells = TOY_RGB[torch.from_numpy(colour)].view(-1, side, side, 3).permute(0, 3, 1, 2)  # [B, 3, G, G]
         place = torch.arange(self.image_size[0]) * side // self.image_size[0]  # the cell of every row and column
         pixels = cells[:, :, place][:, :, :, place].contiguous()
-        return {
-            "pixels": pixels.to(torch.uint8),
-            "labels": torch.from_numpy(count),
-            "truth": torch.from_numpy(truth).float().view(-1, side, side),
-        }
+        return self._count(index, pixels.to(torch.uint8), truth)
 
 
-class CountingGrids(Pictures):
+class CountingGrids(Grids):
     """Grids of pictures; the label is how many show class `class_idx` (the reference's CIFAR10_QA, for any dataset).
 
     Counts are uniform on 0..grid_size²; no picture stands twice in one grid; `truth` is 1 on the counted cells.
     `cell_moves`: augmentations that move every picture within its own cell.
     """
 
-    has_truth = True
     cell_moves: Sequence[str] = ()
 
     def __init__(self, pictures: Pictures, *, length: int, grid_size: int, class_idx: int, seed: int, augment=()):
@@ -122,7 +143,7 @@ class CountingGrids(Pictures):
 
     def _draw(self, index):
         cells, side, stream = self.grid_size**2, self.grid_size, SPLITS.index(self.split)
-        count, truth = place_counts(self.seed, stream, index, cells)
+        _, truth = place_counts(self.seed, stream, index, cells)
         u = hashed_uniform(self.seed, 200 + stream, index, 2 * cells)
         counted = self.counted[_distinct(u[:, :cells], len(self.counted))]  # [B, N]
         others = self.others[_distinct(u[:, cells:], len(self.others))]
@@ -133,11 +154,7 @@ class CountingGrids(Pictures):
             tiles = move_pixels(tiles.float(), self.cell_moves, u).round().to(torch.uint8)
         batch, (_, channels, height, width) = len(index), tiles.shape
         grid = tiles.view(batch, side, side, channels, height, width).permute(0, 3, 1, 4, 2, 5)
-        return {
-            "pixels": grid.reshape(batch, channels, side * height, side * width),
-            "labels": torch.from_numpy(count),
-            "truth": torch.from_numpy(truth).float().view(batch, side, side),
-        }
+        return self._count(index, grid.reshape(batch, channels, side * height, side * width), truth)
 
 
 def _distinct(u: np.ndarray, population: int) -> np.ndarray:
@@ -160,6 +177,7 @@ def load_data(
     class_idx: int = 3,
     augment: Sequence[str] = (),
     augment_cells: bool = False,
+    empty_cells: float = 0.0,
     seed: int = 123,
     length: int | None = None,
     shortcut: float = 0.0,
@@ -179,6 +197,8 @@ def load_data(
         class_idx: the class that is counted (toy: colour 0–5).
         augment: names from `AUGMENTATIONS`, on the training split only.
         augment_cells: flip, shift, rotate and stretch every picture of a `_QA` grid within its cell, and not the grid as a whole.
+        empty_cells: share of the training grids (toy and `_QA`) of which a random share of the cells is left empty; the
+            label counts what is left. A classifier that knows empty cells can be asked which ones it does without.
         seed: of drawn images and of augmentation.
         length: number of drawn items (toy, shapes and `_QA`; 50,000 for training, 1,000 otherwise).
         shortcut: share of the training and validation pictures of `shapes` with a tag that gives the class away. The
@@ -214,10 +234,16 @@ def load_data(
     if not isinstance(shortcut, Real) or not 0 <= shortcut <= 1 or (shortcut and source != "shapes"):
         raise VDMError("shortcut does not fit", where=where, expected="a share from 0 to 1, for shapes", got=f"{shortcut} for {name}",
                        fix="leave shortcut out, or use shapes")  # fmt: skip
+    if not isinstance(empty_cells, Real) or not 0 <= empty_cells <= 1 or (empty_cells and not counting):
+        raise VDMError("empty_cells does not fit", where=where, expected="a share from 0 to 1, for a counting dataset",
+                       got=f"{empty_cells} for {name}", fix="leave empty_cells out, or use toy or a _QA dataset")  # fmt: skip
+    empty_cells = empty_cells if split == "train" else 0.0
     if name == "toy":
         check_integer("class_idx", class_idx, 0, len(TOY_COLOURS) - 1, where)
-        return ToyGrids(split, length=length, grid_size=grid_size, class_idx=class_idx,
-                        image_size=image_size or 16 * grid_size, seed=seed, augment=augment)  # fmt: skip
+        grids = ToyGrids(split, length=length, grid_size=grid_size, class_idx=class_idx,
+                         image_size=image_size or 16 * grid_size, seed=seed, augment=augment)  # fmt: skip
+        grids.empty_cells = empty_cells
+        return grids
     if source == "shapes":
         # a grid needs a store of pictures to draw its cells from
         pictures = Shapes(
@@ -235,6 +261,7 @@ def load_data(
     if counting:
         check_integer("class_idx", class_idx, 0, pictures.num_labels - 1, where)
         pictures = CountingGrids(pictures, length=length, grid_size=grid_size, class_idx=class_idx, seed=seed)
+        pictures.empty_cells = empty_cells
         if augment_cells:
             pictures.cell_moves = [move for move in MOVES if move in augment]
             augment = tuple(other for other in augment if other not in MOVES)

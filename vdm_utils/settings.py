@@ -16,7 +16,7 @@ from vdm_utils.errors import VDMError, unknown_name
 LIMITS = {
     "batch_size": (1, 2**20), "num_workers": (0, 1024), "num_epochs": (1e-9, 1e9), "log_every_n_steps": (1, 2**32),
     "warmup_steps": (0, 2**32), "gate_warmup_steps": (0, 2**32), "patience": (1, 2**32), "lr": (0, 1e3), "weight_decay": (0, 1e3),
-    "sample_images": (0, 2**20), "refine": (0, 2**20), "block_size": (1, 2**10), "shortcut": (0, 1.001), "patch_dropout": (0, 1), "patch_masking": (0, 1.001), "adam_beta2": (0, 1), "lr_decay": (0, 1.001), "last_layer_share": (0, 1.001), "block_share": (0, 1.001),
+    "sample_images": (0, 2**20), "refine": (0, 2**20), "block_size": (1, 2**10), "shortcut": (0, 1.001), "patch_dropout": (0, 1), "patch_masking": (0, 1.001), "empty_cells": (0, 1.001), "adam_beta2": (0, 1), "lr_decay": (0, 1.001), "last_layer_share": (0, 1.001), "block_share": (0, 1.001),
 }  # fmt: skip
 
 
@@ -122,9 +122,16 @@ class ClassifierSettings(RunSettings):
     warmup_steps: int = option(0, "steps of linear warm-up")
     patch_dropout: float = option(0.0, "fraction of patches left out of every training image; saves as much time")
     patch_masking: float = option(0.0, "blank up to this fraction of the patches of a training image, anew each time")
+    empty_cells: float = option(
+        0.0, "share of the training grids with some cells left empty; the label counts what is left"
+    )
     mimetic_start: bool = option(False, "start the attention of a ViT trained from scratch where trained ones end up")
     bf16: bool = option(False, "multiply matrices in bfloat16, where the processor can")
     patience: int = option(5, "stop after this many evaluations without a better validation accuracy")
+
+    def data_options(self) -> dict:
+        """Keyword arguments for `load_data`."""
+        return super().data_options() | {"empty_cells": self.empty_cells}
 
 
 @dataclass
