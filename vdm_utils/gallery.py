@@ -7,6 +7,7 @@ import hashlib
 import html
 import io
 import itertools
+from functools import partial
 
 import ipywidgets
 import matplotlib.pyplot as plt
@@ -63,7 +64,7 @@ def replay_explorer(recorder: MaskRecorder) -> Explorer:
         "index": image_dropdown(len(recorder.pixel_values)),
         "moment": named_slider("step", {str(record.step): i for i, record in enumerate(recorder.records)}, 0),
     }
-    return Explorer(lambda index, moment: draw_replay(recorder, index, moment), controls)
+    return Explorer(partial(draw_replay, recorder), controls)
 
 
 def ranks(scores: torch.Tensor) -> torch.Tensor:
@@ -130,11 +131,7 @@ def comparison_explorer(pixel_values: torch.Tensor, scores: dict[str, torch.Tens
         "scale": choice({name: name for name in SCALES}),
         "percent": slider(ipywidgets.IntSlider, "top %", 25, 5, 100, 5),
     }
-
-    def draw(**state) -> bytes:
-        return draw_comparison(pixel_values, scores, **state)
-
-    return Explorer(draw, controls)
+    return Explorer(partial(draw_comparison, pixel_values, scores), controls)
 
 
 def draw_epsilon(
@@ -179,7 +176,7 @@ def epsilon_explorer(
         "index": image_dropdown(len(pixel_values)),
         "eps": named_slider("ε", {f"{eps:g}": eps for eps in shown}, min(shown)),
     }
-    return Explorer(lambda index, eps: draw_epsilon(shown, pixel_values, index, eps, id2label), controls)
+    return Explorer(partial(draw_epsilon, shown, pixel_values, id2label=id2label), controls)
 
 
 def data_url(pixels: np.ndarray, **colours) -> str:
