@@ -19,7 +19,8 @@ from matplotlib.patches import Rectangle
 from vdm_utils.diffmask import Explanation, VisionDiffMask
 from vdm_utils.errors import VDMError
 from vdm_utils.explorers import Explorer, captions, choice, image_dropdown, mask_bar, named_slider, slider
-from vdm_utils.metrics import share_below, top_patches
+from vdm_utils.faithfulness import top_fractions
+from vdm_utils.metrics import share_below
 from vdm_utils.plots import MASK_COLOURS, WIDTH, fade, own_range, show_course, show_image, show_mask, to_image, to_png
 from vdm_utils.training import MaskRecorder
 
@@ -74,8 +75,7 @@ def ranks(scores: torch.Tensor) -> torch.Tensor:
 
 def top_share(scores: torch.Tensor, percent: float) -> torch.Tensor:
     """1 for the highest `percent` of the scores [rows, cols] (at least one patch), else 0; ties in reading order."""
-    count = max(1, round(scores.numel() * percent / 100))
-    return top_patches(scores[None], torch.tensor([count]))[0, 0].float()
+    return top_fractions(scores[None], [percent / 100])[0, 0].float()
 
 
 SCALES = {"ranks": ranks, "own range 0…1": own_range}

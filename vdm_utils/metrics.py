@@ -237,18 +237,11 @@ def smallest_masks(diffmask: VisionDiffMask, pixel_values: torch.Tensor, batch_s
 
     Meant for grids of at most 16 patches; the full mask always qualifies, so M ≥ 1.
     """
-    states = diffmask.view.encode(pixel_values[None])
-    count = states.embeddings.shape[1]
+    count = math.prod(diffmask.view.grid)
     if count > 16:
         raise VDMError("too many patches to try every mask", where="smallest_masks", expected="at most 16", got=count,
                        fix="use a smaller grid")  # fmt: skip
-    masks = (torch.arange(2**count)[:, None] >> torch.arange(count)) & 1  # [2^N, N]
-    kl = []
-    for part in masks.split(batch_size):
-        pictures = pixel_values.expand(len(part), -1, -1, -1)
-        same = PatchStates(states.embeddings.expand(len(part), -1, -1), [], states.logits, states.grid)
-        kl.append(kl_divergence(states.logits, diffmask.masked_logits(pictures, same, part)))
-    enough = torch.cat(kl) <= diffmask.config.eps
-    enough[-1] = True  # everything kept: KL is 0 up to rounding
-    size = masks.sum(1)
-    return masks[enough & (size == size[enough].min())].bool()
+    masks = ((torch.arange(2**count)[:, None] >> torch.arange(count)) & 1).bool()  # [2^N, N], the last keeps everything
+    logits = logits_without(diffmask, pixel_values[None], ~masks[None], "placeholder", batch_size=batch_size)[0].cpu()
+    enough, size = kl_divergence(logits[-1], logits) <= diffmask.config.eps, masks.sum(1)
+    return masks[enough & (size == size[enough].min())]
