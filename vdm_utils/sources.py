@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -146,7 +147,7 @@ def held_out(count: int, split: str) -> np.ndarray:
 
 
 def image_folder(
-    name: str, root: Path, split: str, *, side: int, seed: int, skip_unreadable: bool, folders: dict[str, str]
+    name: str, root: Path, split: str, folders: dict[str, str], *, side: int, seed: int, skip_unreadable: bool
 ) -> FolderImages:
     """A split of a folder with `<class>/` folders in it, or in its `train`, `validation` and `test` folders.
 
@@ -201,16 +202,15 @@ def search_path(data_dir: str | os.PathLike | None) -> list[Path]:
     return list(dict.fromkeys(Path(c) for c in candidates if c))
 
 
-def imagenet(split: str, data_dir, *, side: int, seed: int, skip_unreadable: bool) -> FolderImages:
-    """ImageNet as torchvision lays it out: `imagenet/{train,val}/<wnid>/*`. It is never downloaded."""
+def imagenet(split: str, data_dir, **options) -> FolderImages:
+    """ImageNet as torchvision lays it out: `imagenet/{train,val}/<wnid>/*`, never downloaded. `options`: of `image_folder`."""
     places = [place / name for place in search_path(data_dir) for name in ("imagenet", "ImageNet")]
     root = next((p for p in places if (p / "val").is_dir() and (p / "train").is_dir()), None)
     if root is None:
         raise VDMError("ImageNet is not here", where="load_data", expected="imagenet/train/<wnid>/* and imagenet/val/<wnid>/* in "
                        + ", ".join(map(str, search_path(data_dir))), got="no such folders",
                        fix="unpack it there (image-net.org), or set VDM_DATA_DIR; it is never downloaded")  # fmt: skip
-    pictures = image_folder("ImageNet", root, split, side=side, seed=seed, skip_unreadable=skip_unreadable,
-                            folders={"train": "train", "test": "val"})  # fmt: skip
+    pictures = image_folder("ImageNet", root, split, {"train": "train", "test": "val"}, **options)
     mapping = root / "LOC_synset_mapping.txt"  # "n01440764 tench, Tinca tinca", as distributed with the pictures
     if mapping.is_file():
         words = dict(line.split(" ", 1) for line in mapping.read_text().splitlines() if " " in line)
@@ -218,15 +218,14 @@ def imagenet(split: str, data_dir, *, side: int, seed: int, skip_unreadable: boo
     return pictures
 
 
-def own_folder(split: str, data_dir, *, side: int, seed: int, skip_unreadable: bool) -> FolderImages:
-    """A user's own pictures: `<data_dir>/<class>/*`, or the same inside `train`, `validation` and `test` folders."""
+def own_folder(split: str, data_dir, **options) -> FolderImages:
+    """A user's own pictures: `<data_dir>/<class>/*`, or that in `train`, `validation` and `test`. `options`: of `image_folder`."""
     root = Path(data_dir or "data/")
     if not root.is_dir():
         raise VDMError("no such folder", where="dataset folder", expected="data_dir with one folder per class", got=root,
                        fix="check data_dir")  # fmt: skip
     validation = "val" if (root / "val").is_dir() else "validation"
-    return image_folder("folder", root, split, side=side, seed=seed, skip_unreadable=skip_unreadable,
-                        folders={"train": "train", "validation": validation, "test": "test"})  # fmt: skip
+    return image_folder("folder", root, split, {"train": "train", "validation": validation, "test": "test"}, **options)
 
 
 def drop_half_unpacked(folder: Path) -> None:
@@ -247,41 +246,38 @@ def download(dataset: type[MNIST | CIFAR10], place: Path, part: str) -> MNIST | 
         return dataset(str(place), train=part == "train", download=True)
 
 
+def find_or_download(name: str, part: str, places: list[Path]) -> MNIST | CIFAR10:
+    """torchvision's dataset, from the first place that has its files, or else downloaded to the first place."""
+    dataset = {"MNIST": MNIST, "CIFAR10": CIFAR10}[name]
+    for place in places:
+        with suppress(Exception):  # torchvision raises RuntimeError, OSError … depending on what is missing or damaged
+            return dataset(str(place), train=part == "train", download=False)
+    try:
+        return download(dataset, places[0], part)
+    except Exception as error:  # URLError too
+        raise VDMError(f"{name} is not here and cannot be downloaded", where="load_data", expected=f"{name.lower()}/{part}/<class>/* "
+                       f"or torchvision's files in {', '.join(map(str, places))}", got=f"{type(error).__name__}: {error}",
+                       fix="unpack it there, set VDM_DATA_DIR, or use toy, shapes or digits, which need no files") from error  # fmt: skip
+
+
 def downloadable(name: str, split: str, data_dir, seed: int) -> ImageSet:
     """MNIST or CIFAR10: an image folder, else torchvision's own files, else torchvision's download."""
-    dataset = {"MNIST": MNIST, "CIFAR10": CIFAR10}[name]
     channels = 1 if name == "MNIST" else 3
     part = "test" if split == "test" else "train"
     places = search_path(data_dir)
-    for place in places:
-        folder = place / name.lower()
-        if (folder / part).is_dir():
-            images, classes, names = read_image_folder(folder / part, channels, split)
-            if len(names) != 10:
-                raise VDMError("data only half unpacked", where=str(folder / part), expected="10 class folders",
-                               got=len(names), fix="unpack the data again")  # fmt: skip
-            check_same_classes([folder / half for half in ("train", "test") if (folder / half).is_dir()])
-            break
+    folder = next((p / name.lower() for p in places if (p / name.lower() / part).is_dir()), None)
+    if folder is not None:
+        images, classes, names = read_image_folder(folder / part, channels, split)
+        if len(names) != 10:
+            raise VDMError("data only half unpacked", where=str(folder / part), expected="10 class folders",
+                           got=len(names), fix="unpack the data again")  # fmt: skip
+        check_same_classes([folder / half for half in ("train", "test") if (folder / half).is_dir()])
     else:
-        for attempt, place in enumerate([*places, places[0]]):
-            last = attempt == len(places)  # nothing found anywhere: download to the first place
-            try:
-                found = (
-                    download(dataset, place, part)
-                    if last
-                    else dataset(str(place), train=part == "train", download=False)
-                )
-            except Exception as error:  # torchvision raises RuntimeError, URLError, OSError … depending on the failure
-                if last:
-                    raise VDMError(f"{name} is not here and cannot be downloaded", where="load_data", expected=f"{name.lower()}/{part}/<class>/* "
-                                   f"or torchvision's files in {', '.join(map(str, places))}", got=f"{type(error).__name__}: {error}",
-                                   fix="unpack it there, set VDM_DATA_DIR, or use toy, shapes or digits, which need no files") from error  # fmt: skip
-                continue
-            images = torch.as_tensor(found.data)
-            images = images[:, None] if channels == 1 else images.permute(0, 3, 1, 2).contiguous()
-            classes, names = torch.as_tensor(found.targets), found.classes
-            if split != "test":
-                chosen = torch.from_numpy(held_out(len(images), split))
-                images, classes = images[chosen], classes[chosen]
-            break
+        found = find_or_download(name, part, places)
+        images = torch.as_tensor(found.data)
+        images = images[:, None] if channels == 1 else images.permute(0, 3, 1, 2).contiguous()
+        classes, names = torch.as_tensor(found.targets), found.classes
+        if split != "test":
+            chosen = torch.from_numpy(held_out(len(images), split))
+            images, classes = images[chosen], classes[chosen]
     return ImageSet(name, split, images, classes, list(names), seed=seed)
