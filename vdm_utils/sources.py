@@ -109,7 +109,7 @@ def read_image_folder(
     training pictures only those of the `split` (`train` or `validation`, see `held_out`) are read."""
     files, classes, names = list_images(folder)
     if split != "test":
-        part = held_out(len(files), split)
+        part = held_out(np.arange(len(files)), split)
         files, classes = [files[i] for i in part], classes[part]
     images = [np.asarray(read_image(file, channels)) for file in files]
     sizes = {image.shape[:2] for image in images}
@@ -139,11 +139,19 @@ class FolderImages(Pictures):
         return {"pixels": pixels, "labels": self.classes[torch.from_numpy(index)]}
 
 
-def held_out(count: int, split: str) -> np.ndarray:
-    """Which of `count` training pictures are the `train` or the `validation` split, shuffled; it never depends on a seed."""
-    order = np.random.default_rng(0).permutation(count)
-    cut = min(count // 10, HELD_OUT)
-    return order[cut:] if split == "train" else order[:cut]
+def held_out(
+    members: np.ndarray, split: str, missing: Sequence[str] = ("validation",), most: int = HELD_OUT
+) -> np.ndarray:
+    """Those of the training pictures `members` that are a split, shuffled; it never depends on a seed.
+
+    Each `missing` split gets a tenth, at `most` so many, and at least one where there are three; `train` gets the others.
+    """
+    order = np.random.default_rng(0).permutation(members)
+    cut = max(1, min(len(order) // 10, most)) if len(order) >= 3 else 0
+    if split == "train":
+        return order[cut * len(missing) :]
+    first = cut * missing.index(split)
+    return order[first : first + cut]
 
 
 def image_folder(
@@ -163,25 +171,15 @@ def image_folder(
     else:
         files, classes, names = list_images(present.get("train", root))
         missing = [other for other in ("test", "validation") if other not in present]
-        part = np.concatenate(
-            [_share(np.flatnonzero(classes == c), split, missing, len(names)) for c in range(len(names))]
-        )
+        most = HELD_OUT // len(names)
+        per_class = [held_out(np.flatnonzero(classes == c), split, missing, most) for c in range(len(names))]
+        part = np.concatenate(per_class)
     if skip_unreadable:
         part = np.array([i for i in part if _is_readable(files[i])], dtype=np.int64)
     if not len(part):
         raise VDMError(f"no picture for the {split} split", where=str(root), expected="at least 3 pictures per class",
                        got=len(files), fix=f"add pictures, or make a {split} folder with class folders in it")  # fmt: skip
     return FolderImages(name, split, [files[i] for i in part], classes[part], names, side=side, seed=seed)
-
-
-def _share(members: np.ndarray, split: str, missing: list[str], num_classes: int) -> np.ndarray:
-    """The pictures of a class for a split: a tenth for each missing one, at least one where there are three."""
-    order = np.random.default_rng(0).permutation(members)
-    cut = max(1, min(len(order) // 10, HELD_OUT // num_classes)) if len(order) >= 3 else 0
-    if split == "train":
-        return order[cut * len(missing) :]
-    first = cut * missing.index(split)
-    return order[first : first + cut]
 
 
 def _is_readable(file: Path) -> bool:
@@ -278,6 +276,6 @@ def downloadable(name: str, split: str, data_dir, seed: int) -> ImageSet:
         images = images[:, None] if channels == 1 else images.permute(0, 3, 1, 2).contiguous()
         classes, names = torch.as_tensor(found.targets), found.classes
         if split != "test":
-            chosen = torch.from_numpy(held_out(len(images), split))
+            chosen = torch.from_numpy(held_out(np.arange(len(images)), split))
             images, classes = images[chosen], classes[chosen]
     return ImageSet(name, split, images, classes, list(names), seed=seed)
