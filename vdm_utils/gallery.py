@@ -216,10 +216,9 @@ class Flipbook:
             fields.append(f"<fieldset><legend>{name}</legend>{buttons}</fieldset>")
         for place, page in self.pages.items():
             chosen = "".join(f":has(#{own}-{name}-{i}:checked)" for name, i in zip(self.choices, place))
-            rules.append(f"#{own}{chosen} .page-{'-'.join(map(str, place))}")
-            divisions.append(
-                f'<div class="page page-{"-".join(map(str, place))}"{" hidden" * (place != start)}>{page}</div>'
-            )
+            kind = "page-" + "-".join(map(str, place))
+            rules.append(f"#{own}{chosen} .{kind}")
+            divisions.append(f'<div class="page {kind}"{" hidden" * (place != start)}>{page}</div>')
         style = self.style.replace("FLIPBOOK", f"#{own}") + ",".join(rules) + "{display: flex !important}"
         bar = f'<img src="{data_url(np.linspace(0, 1, 64)[None], cmap=MASK_COLOURS)}" alt="">'
         scale = f'<p class="scale">P(z ≠ 0): 0 dropped {bar} 1 kept</p>'

@@ -65,10 +65,9 @@ def build_classifier(
     Raises:
         VDMError: for an unknown architecture or size, or patches that do not tile the image.
     """
-    where = "build_classifier"
-    sizes = {"vit": VIT_SIZES, "convnext": CONVNEXT_SIZES}
-    if str(architecture).lower() not in sizes:
-        raise unknown_name("architecture", architecture, sizes, where)
+    where, kind = "build_classifier", str(architecture).lower()
+    if kind not in ("vit", "convnext"):
+        raise unknown_name("architecture", architecture, ("vit", "convnext"), where)
     if size not in VIT_SIZES:
         raise unknown_name("size", size, VIT_SIZES, where)
     image, patch = as_pair(image_size), as_pair(patch_size)
@@ -83,7 +82,7 @@ def build_classifier(
         raise VDMError("the classes are not numbered", where=where, expected="id2label {0: name, 1: name, …}", got=id2label,
                        fix="number them from 0 on")  # fmt: skip
     shared = {"num_channels": num_channels, "id2label": id2label, "label2id": {v: k for k, v in id2label.items()}}
-    if str(architecture).lower() == "convnext":
+    if kind == "convnext":
         widths, depths = CONVNEXT_SIZES[size]
         shared |= {"patch_size": min(patch), "image_size": max(image), "num_stages": len(depths)}
         return ConvNextForImageClassification(ConvNextConfig(hidden_sizes=widths, depths=depths, **shared))
