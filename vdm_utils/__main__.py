@@ -84,7 +84,7 @@ def parse(kind: type, job: str, words: list[str]) -> DataSettings:
     parser.set_defaults(**RECIPES[recipe.recipe].get(kind, {}))
     chosen, *rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if any(rest):
-        raise unknown_name("option", rest[0][0], [f"--{name}" for name in vars(chosen)], f"python -m vdm_utils {job}")
+        raise unknown_name("option", rest[0][0], [f"--{name}" for name in vars(chosen)], program)
     chosen.validate()
     for name in dict.fromkeys(word[2:].split("=")[0] for word in words if word.startswith("--")):
         works, needed = NEEDS.get(name, (lambda c: True, ""))
