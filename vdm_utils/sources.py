@@ -64,10 +64,15 @@ def read_image(file: Path, channels: int = 3) -> Image.Image:
                        fix="replace or delete it, or leave such files out with skip_unreadable") from error  # fmt: skip
 
 
-def read_pictures(files: Sequence[str | Path], size: tuple[int, int], channels: int = 3) -> torch.Tensor:
-    """Picture files as `pixel_values` [B, C, height, width] in −1..1: scaled to cover `size`, and the centre cut out."""
+def read_fitted(files: Sequence[str | Path], size: tuple[int, int], channels: int = 3) -> torch.Tensor:
+    """Picture files as uint8 [B, C, height, width]: scaled to cover `size`, and the centre cut out."""
     fitted = [ImageOps.fit(read_image(Path(f), channels), size[::-1], Image.Resampling.BICUBIC) for f in files]
-    return torch.stack([transforms.to_dtype(transforms.to_image(p), torch.float32, scale=True) for p in fitted]) * 2 - 1
+    return torch.stack([transforms.pil_to_tensor(picture) for picture in fitted])
+
+
+def read_pictures(files: Sequence[str | Path], size: tuple[int, int], channels: int = 3) -> torch.Tensor:
+    """Picture files as `pixel_values` [B, C, height, width] in −1..1, fitted to `size`."""
+    return transforms.to_dtype(read_fitted(files, size, channels), torch.float32, scale=True) * 2 - 1
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -111,14 +116,12 @@ def read_image_folder(
     if split != "test":
         part = held_out(np.arange(len(files)), split)
         files, classes = [files[i] for i in part], classes[part]
-    images = [np.asarray(read_image(file, channels)) for file in files]
-    sizes = {image.shape[:2] for image in images}
+    images = [transforms.pil_to_tensor(read_image(file, channels)) for file in files]
+    sizes = {tuple(image.shape[1:]) for image in images}
     if len(sizes) > 1:
         raise VDMError("images of different sizes", where=str(folder), expected="one size",
                        got=sorted(sizes)[:4], fix="resize them to one size first")  # fmt: skip
-    stacked = torch.from_numpy(np.stack(images))
-    stacked = stacked.permute(0, 3, 1, 2) if channels == 3 else stacked[:, None]
-    return stacked.contiguous(), torch.from_numpy(classes), names
+    return torch.stack(images), torch.from_numpy(classes), names
 
 
 class FolderImages(Pictures):
@@ -129,13 +132,10 @@ class FolderImages(Pictures):
     def __init__(self, name, split, files: list[Path], classes: np.ndarray, names, *, side: int, seed=0):
         super().__init__(name, split, len(files), seed)
         self.files, self.classes, self.id2label = files, torch.from_numpy(classes), dict(enumerate(names))
-        self.side = side
         self.image_size = (side, side)
 
     def _draw(self, index):
-        square = (self.side, self.side)
-        images = [np.asarray(ImageOps.fit(read_image(self.files[i]), square, Image.Resampling.BICUBIC)) for i in index]
-        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        pixels = read_fitted([self.files[i] for i in index], self.image_size)
         return {"pixels": pixels, "labels": self.classes[torch.from_numpy(index)]}
 
 
