@@ -210,13 +210,12 @@ def train_classifier(
 def evaluate_classifier(model: PreTrainedModel, data: Pictures, batch_size: int = 128) -> dict[str, float]:
     """`accuracy` (0..1) and mean `confidence` of the predicted class (0..1) over a dataset."""
     model.eval()
-    right, confidence = [], []
+    parts = []
     for batch in DataLoader(data, batch_size):
-        probability = model(batch["pixel_values"].to(model.device)).logits.softmax(-1).cpu()
+        probability = model(batch["pixel_values"].to(model.device)).logits.float().softmax(-1).cpu()
         top = probability.max(-1)
-        right.append(top.indices == batch["labels"])
-        confidence.append(top.values)
-    return {"accuracy": torch.cat(right).float().mean().item(), "confidence": torch.cat(confidence).mean().item()}
+        parts.append(torch.stack([(top.indices == batch["labels"]).float(), top.values]))
+    return dict(zip(("accuracy", "confidence"), torch.cat(parts, 1).mean(1).tolist(), strict=True))
 
 
 # ---------------------------------------------------------------- the DiffMask
