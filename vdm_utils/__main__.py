@@ -19,23 +19,10 @@ from vdm_utils.errors import VDMError, unknown_name
 from vdm_utils.plots import SampleImages, explained_beside_others, to_png
 from vdm_utils.refine import refine
 from vdm_utils.runs import check_fit, load_weights
-from vdm_utils.settings import (
-    RECIPES,
-    ClassifierSettings,
-    DataSettings,
-    DiffMaskSettings,
-    ExplainSettings,
-    RunSettings,
-)
+from vdm_utils.settings import RECIPES, ClassifierSettings, DataSettings, DiffMaskSettings, ExplainSettings, RunSettings
 from vdm_utils.sources import read_pictures
 from vdm_utils.training import evaluate_classifier, train_classifier, train_diffmask
-from vdm_utils.vit import (
-    as_pair,
-    build_classifier,
-    load_classifier,
-    mimetic_start,
-    with_image_size,
-)
+from vdm_utils.vit import as_pair, build_classifier, load_classifier, mimetic_start, with_image_size
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +84,7 @@ def parse(kind: type, job: str, words: list[str]) -> DataSettings:
     parser.set_defaults(**RECIPES[recipe.recipe].get(kind, {}))
     chosen, *rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if any(rest):
-        raise unknown_name("option", rest[0][0], [f"--{name}" for name in vars(chosen)], f"python -m vdm_utils {job}")
+        raise unknown_name("option", rest[0][0], [f"--{name}" for name in vars(chosen)], program)
     chosen.validate()
     for name in dict.fromkeys(word[2:].split("=")[0] for word in words if word.startswith("--")):
         works, needed = NEEDS.get(name, (lambda c: True, ""))
@@ -200,11 +187,9 @@ def train(words: list[str]) -> dict:
         load_weights(diffmask, VisionDiffMask.from_pretrained(chosen.start_from), chosen.start_from, "--start_from")
     train, validation = datasets(chosen, image_size=diffmask.view.image_size[0])
     check_fit(model, train, "train")
-    pictures = SampleImages(validation, chosen.sample_images) if chosen.sample_images > 0 else None
+    callbacks = (SampleImages(validation, chosen.sample_images),) if chosen.sample_images > 0 else ()
     start_run(chosen, folder)
-    metrics = train_diffmask(
-        diffmask, train, validation, chosen, folder, chosen.diffmask_checkpoint, (pictures,) if pictures else ()
-    )
+    metrics = train_diffmask(diffmask, train, validation, chosen, folder, chosen.diffmask_checkpoint, callbacks)
     return {"output_dir": str(folder)} | metrics
 
 
@@ -250,12 +235,10 @@ def explain(words: list[str]) -> dict:
         shown = refine(diffmask, batch["pixel_values"], chosen.refine, seed=chosen.seed)
     else:
         shown = diffmask.explain(batch["pixel_values"], chosen.layer)  # on the device of a model that was just loaded
-    after = shown.masked_logits.argmax(-1).tolist()
+    before, after = (logits.argmax(-1).tolist() for logits in (shown.logits, shown.masked_logits))
     facts = [
         {"picture": name, "class": id2label[c], "class_of_masked": id2label[a], "kept": round(k, 4), "kl": round(d, 4)}
-        for name, c, a, k, d in zip(
-            names, shown.logits.argmax(-1).tolist(), after, shown.kept.tolist(), shown.kl.tolist()
-        )
+        for name, c, a, k, d in zip(names, before, after, shown.kept.tolist(), shown.kl.tolist())
     ]
     start_run(chosen, folder)
     (folder / "explanations.png").write_bytes(to_png(explained_beside_others(diffmask, batch, shown, id2label)))

@@ -54,9 +54,8 @@ def kept_attention(view: PatchView) -> Iterator[list[torch.Tensor]]:
     with ExitStack() as stack:
         stack.callback(view.model.set_attn_implementation, usual)
         view.model.set_attn_implementation("eager")  # fused attention never forms its weights
-        for layer in view.layers:
-            for module in layer.modules():
-                stack.callback(module.register_forward_hook(keep).remove)
+        for module in view.layers.modules():
+            stack.enter_context(module.register_forward_hook(keep))
         yield seen
         if len(seen) != len(view.layers):
             raise VDMError("this model does not show its attention", where=type(view.model).__name__, got=len(seen),
@@ -132,9 +131,9 @@ def legrad(model: PreTrainedModel, pixel_values: torch.Tensor, target: torch.Ten
 
     with view.frozen(), kept_attention(view) as attentions, ExitStack() as stack:
         for layer in view.layers:
-            stack.callback(layer.register_forward_pre_hook(cut).remove)
-            stack.callback(layer.register_forward_hook(keep).remove)
-        stack.callback(view.layers[-1].register_forward_hook(all_at_once).remove)
+            stack.enter_context(layer.register_forward_pre_hook(cut))
+            stack.enter_context(layer.register_forward_hook(keep))
+        stack.enter_context(view.layers[-1].register_forward_hook(all_at_once))
         logits = model(pixel_values).logits.unflatten(0, (len(view.layers), -1))  # [L, B, C]
     target = logits[-1].argmax(-1) if target is None else target
     gradients = torch.autograd.grad(of_class(logits, target).sum(), attentions)
@@ -148,14 +147,12 @@ def grad_cam(model: PreTrainedModel, pixel_values: torch.Tensor, target: torch.T
     ReLU(Σ_c w_c a_c) with activations a [B, N, d] of the patches and w [B, d] the mean over patches of the gradient of
     the target's logit. One layer earlier than the output, because the last layer's patches no longer reach [CLS].
     """
-    view, seen = check(model, pixel_values, target), {}
-    with view.frozen(), ExitStack() as stack:
-        keep = view.layers[-1].register_forward_pre_hook(lambda module, inputs: seen.update(activations=inputs[0]))
-        stack.callback(keep.remove)
+    view, seen = check(model, pixel_values, target), []
+    with view.frozen(), view.layers[-1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0])):
         logits = model(pixel_values.detach().requires_grad_()).logits
-    (gradient,) = torch.autograd.grad(of_class(logits, target).sum(), seen["activations"])
+    (gradient,) = torch.autograd.grad(of_class(logits, target).sum(), seen)
     weights = to_grid(gradient, view).mean((1, 2), keepdim=True)  # [B, 1, 1, d]
-    return (weights * to_grid(seen["activations"].detach(), view)).sum(-1).relu()
+    return (weights * to_grid(seen[0].detach(), view)).sum(-1).relu()
 
 
 class LogitsOnly(torch.nn.Module):
@@ -194,8 +191,7 @@ def layer_cam(model: PreTrainedModel, pixel_values: torch.Tensor, target: torch.
     def through(module, inputs):
         return tap(inputs[0].float()).to(inputs[0].dtype), *inputs[1:]
 
-    with view.frozen(), ExitStack() as stack:
-        stack.callback(view.layers[-1].register_forward_pre_hook(through).remove)
+    with view.frozen(), view.layers[-1].register_forward_pre_hook(through):
         cam = LayerCAM(LogitsOnly(model), [tap], lambda tokens: to_grid(tokens, view).permute(0, 3, 1, 2))
         cam.get_target_width_height = lambda images: view.grid[::-1]  # it would enlarge the map to pixels
         classes = None if target is None else [ClassifierOutputTarget(label) for label in target.tolist()]

@@ -80,10 +80,7 @@ def guard_saving(trainer: Trainer) -> None:
 
 def _checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of the config, of every file of weights and, where a run can be resumed, of its optimizer's state."""
-    files = [
-        folder / "config.json",
-        *(file for kind in ("safetensors", "pt", "pth") for file in folder.glob(f"*.{kind}")),
-    ]
+    files = [folder / "config.json", *(f for f in folder.iterdir() if f.suffix in (".safetensors", ".pt", ".pth"))]
     contents = {file.name: file.read_bytes() for file in files}
     # git on Windows may have changed the line ends of a text
     contents["config.json"] = contents["config.json"].replace(b"\r\n", b"\n")

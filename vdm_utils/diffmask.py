@@ -139,7 +139,7 @@ class VisionDiffMask(PreTrainedModel):
         )
         # per gate, running averages of (share of classes unchanged, fraction kept): saved, so that a resumed run agrees
         self.register_buffer("running", torch.tensor([[0.0], [1.0]]).repeat(1, config.num_gates))
-        self.view: PatchView | None = None
+        self._view: PatchView | None = None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -165,31 +165,32 @@ class VisionDiffMask(PreTrainedModel):
 
     def attach(self, model: PreTrainedModel) -> None:
         """Set the base; raises `VDMError` when its weights are not those that the gates were trained on."""
-        view = PatchView(model)
-        mark = fingerprint(model)
+        view, mark = PatchView(model), fingerprint(model)
         if self.config.base_fingerprint not in ("", mark):
             raise VDMError("this is not the classifier that was explained", where="VisionDiffMask.attach",
                            expected=f"{self.config.base_name_or_path or 'a base'} with weights {self.config.base_fingerprint[:12]}…",
                            got=f"{model.name_or_path or type(model).__name__} with weights {mark[:12]}…",
                            fix="load the base this DiffMask was trained on, or train a new DiffMask")  # fmt: skip
         self.config.base_fingerprint = mark
-        self.view = view
+        self._view = view
 
     @property
     def base(self) -> PreTrainedModel:
         """The frozen classifier."""
-        return self._view().model
+        return self.view.model
 
-    def _view(self) -> PatchView:
-        if self.view is None:
+    @property
+    def view(self) -> PatchView:
+        """The way into the frozen classifier."""
+        if self._view is None:
             raise VDMError("no classifier attached", where="VisionDiffMask", expected="a base", got="none",
                            fix="use VisionDiffMask.for_classifier(model) or from_pretrained(folder, base=model)")  # fmt: skip
-        return self.view
+        return self._view
 
     def _apply(self, fn, recurse=True):
         # `.to(device)` has to take the base along although it is not a submodule
-        if getattr(self, "view", None) is not None:
-            self.view.model._apply(fn)
+        if getattr(self, "_view", None) is not None:
+            self.base._apply(fn)
         return super()._apply(fn, recurse)
 
     # ------------------------------------------------------------------ votes
@@ -207,7 +208,7 @@ class VisionDiffMask(PreTrainedModel):
         embeddings = states.embeddings.to(self.multiplier.parameter.dtype)
         placeholder = torch.zeros_like(embeddings[0, 0]) if self.placeholder is None else self.placeholder
         blended = mask_embeddings(embeddings, mask.flatten(1).to(embeddings.dtype), placeholder)
-        return self._view().logits(pixel_values, blended)
+        return self.view.logits(pixel_values, blended)
 
     def forward(
         self, pixel_values: torch.Tensor, layer: int, block: int = 1, shared_noise: bool = False
@@ -219,8 +220,7 @@ class VisionDiffMask(PreTrainedModel):
         One backward pass through `loss` gives the descent direction of gates and placeholder and the ascent
         direction of the multiplier.
         """
-        view = self._view()
-        states = view.encode(pixel_values)
+        states = self.view.encode(pixel_values)
         votes, (rows, cols) = self.votes(states, layer), states.grid
         plane = votes.log_alpha.unflatten(-1, states.grid)  # [B, k, rows, cols]
         shared = F.avg_pool2d(plane, block, ceil_mode=True)  # a square over the edge counts the patches it has
@@ -253,8 +253,7 @@ class VisionDiffMask(PreTrainedModel):
         if layer is not None and not (type(layer) is int and 0 <= layer < gates):
             raise VDMError("no such layer", where="VisionDiffMask.explain", expected=f"0..{gates - 1} or None", got=repr(layer),
                            fix="leave layer out to see the final mask")  # fmt: skip
-        view = self._view()
-        states = view.encode(pixel_values)
+        states = self.view.encode(pixel_values)
         log_prob = combine_votes(self.votes(states).log_prob_nonzero, aggregated)  # [B, K, N]
         log_prob = log_prob.unflatten(-1, states.grid)  # [B, K, rows, cols]
         scores = log_prob[:, -1 if layer is None else layer]
@@ -303,8 +302,7 @@ class VisionDiffMask(PreTrainedModel):
                            expected="base_name_or_path and base_fingerprint", got="none", fix="train it again")  # fmt: skip
         if base is None:
             beside = (Path(source) / name).resolve()
-            if beside.is_dir():
-                name = str(beside)
+            name = str(beside) if beside.is_dir() else name
             base = load_classifier(name)
             diffmask.config.base_name_or_path = name
         diffmask.attach(base)

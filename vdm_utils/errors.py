@@ -33,14 +33,9 @@ def check_integer(name: str, value: object, low: int, high: int, where: str) -> 
 def unknown_name(kind: str, name: object, known: Iterable[str], where: str) -> VDMError:
     """The error for a name that is not in a list: suggests the nearest one that is."""
     known, text = list(known), str(name).lower()
+    spelled = {k.lower(): k for k in known}
     # the beginning of a name can be too short to look like it: val, validation
-    close = [k for k in known if len(text) > 2 and k.lower().startswith(text)]
-    close = close or difflib.get_close_matches(text, [k.lower() for k in known], n=1, cutoff=0.5)
-    nearest = next((k for k in known if close and k.lower() == close[0].lower()), None)
-    return VDMError(
-        f"unknown {kind} {name!r}"[:100],
-        where=where,
-        expected=", ".join(known),
-        got=repr(name),
-        fix=f"did you mean {nearest!r}?" if nearest else f"choose a {kind} from the list",
-    )
+    close = [k for k in spelled if len(text) > 2 and k.startswith(text)]
+    close = close or difflib.get_close_matches(text, spelled, n=1, cutoff=0.5)
+    fix = f"did you mean {spelled[close[0]]!r}?" if close else f"choose a {kind} from the list"
+    return VDMError(f"unknown {kind} {name!r}"[:100], where=where, expected=", ".join(known), got=repr(name), fix=fix)  # fmt: skip

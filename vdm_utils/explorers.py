@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from vdm_utils.diffmask import Explanation, VisionDiffMask
 from vdm_utils.gates import HardConcrete, hard_concrete_sample
 from vdm_utils.objective import kl_divergence, mask_embeddings
-from vdm_utils.plots import WIDTH, fade, show_image, show_mask, show_overlay, to_image, to_png
+from vdm_utils.plots import WIDTH, captions, fade, show_image, show_mask, show_overlay, to_image, to_png
 
 NOISE = torch.rand(20_000, generator=torch.Generator().manual_seed(0))  # the same for every state: only sliders move it
 BINS = 40
@@ -133,13 +133,6 @@ def with_mask(
     return replace(shown, mask=mask, kept=mask.mean((1, 2)), masked_logits=masked_logits, kl=kl)
 
 
-def captions(shown: Explanation, index: int, id2label: dict[int, str]) -> tuple[str, str, str]:
-    """Of one picture: its class, "kept … %, KL …" and the class of the masked picture, marked where it changed."""
-    before, after = shown.logits[index].argmax().item(), shown.masked_logits[index].argmax().item()
-    cost = f"kept {shown.kept[index].item():.0%}, KL {abs(shown.kl[index].item()):.3f}"
-    return id2label[before], cost, id2label[after] + ("" if after == before else " (changed)")
-
-
 def mask_bar(figure: Figure, picture, place: tuple[float, float, float, float], label: str = "P(z ≠ 0)") -> None:
     """The colour bar of the masks at `place` (left, bottom, width, height, shares of the figure)."""
     bar = figure.colorbar(picture, cax=figure.add_axes(place), ticks=[0, 0.5, 1])
@@ -192,11 +185,7 @@ def mask_explorer(diffmask: VisionDiffMask, pixel_values: torch.Tensor, id2label
         "threshold": named_slider("threshold", {"none (soft)": 0.0} | cuts, 0.0),
         "overlay": choice({"masked input": False, "overlay": True}),
     }
-
-    def draw(**state) -> bytes:
-        return draw_mask_state(diffmask, pixel_values, id2label=id2label, **state)
-
-    return Explorer(draw, controls)
+    return Explorer(partial(draw_mask_state, diffmask, pixel_values, id2label=id2label), controls)
 
 
 class PatchGrid(ipywidgets.GridBox):
@@ -281,11 +270,7 @@ def what_if_explorer(diffmask: VisionDiffMask, pixel_values: torch.Tensor, id2la
     patches = PatchGrid(*grid)
     everything = patches.value
     blanks = ({} if diffmask.placeholder is None else {"replaced by placeholder": False}) | {"replaced by zeros": True}
-    controls = {
-        "index": image_dropdown(len(pixel_values)),
-        "zeros": choice(blanks),
-        "kept": patches,
-    }
+    controls = {"index": image_dropdown(len(pixel_values)), "zeros": choice(blanks), "kept": patches}
 
     def show_picture(change: object = None) -> None:
         colours = to_image(F.interpolate(pixel_values[[controls["index"].value]], size=grid, mode="area")[0])
@@ -298,13 +283,13 @@ def what_if_explorer(diffmask: VisionDiffMask, pixel_values: torch.Tensor, id2la
 
     show_picture()
     controls["index"].observe(show_picture, names="value")  # before the explorer's own: it draws the new mosaic, once
-    explorer = Explorer(lambda **state: draw_what_if(diffmask, pixel_values, id2label=id2label, **state), controls)
+    explorer = Explorer(partial(draw_what_if, diffmask, pixel_values, id2label=id2label), controls)
     texts, own_width = ("put all back", "drop what the mask drops"), ipywidgets.Layout(width="auto")
     put_back, take = (ipywidgets.Button(description=text, layout=own_width) for text in texts)
     put_back.on_click(lambda button: setattr(patches, "value", everything))
     take.on_click(take_mask)
     explorer.buttons = (put_back, take)
     beside = ipywidgets.HBox([patches, explorer.picture], layout=ipywidgets.Layout(flex_flow="row wrap"))
-    rows = (controls["index"], controls["zeros"], ipywidgets.HBox(explorer.buttons), explorer.message, beside)
-    explorer.children = rows
+    above = (controls["index"], controls["zeros"], ipywidgets.HBox(explorer.buttons), explorer.message)
+    explorer.children = (*above, beside)
     return explorer

@@ -145,6 +145,4 @@ def paired_comparison(areas: pd.DataFrame, method: str, other: str) -> pd.DataFr
     table = _intervals(paired, keys, "difference")
     groups = table.groupby(["direction", "measure"])
     won, lost = groups["low"].transform("min") > 0, groups["high"].transform("max") < 0
-    return table.assign(better="undecided").assign(
-        better=lambda t: t["better"].mask(won, method).mask(lost, other),
-    )
+    return table.assign(better=pd.Series("undecided", table.index).mask(won, method).mask(lost, other))

@@ -7,6 +7,7 @@ import hashlib
 import html
 import io
 import itertools
+from functools import partial
 
 import ipywidgets
 import matplotlib.pyplot as plt
@@ -18,7 +19,8 @@ from matplotlib.patches import Rectangle
 from vdm_utils.diffmask import Explanation, VisionDiffMask
 from vdm_utils.errors import VDMError
 from vdm_utils.explorers import Explorer, captions, choice, image_dropdown, mask_bar, named_slider, slider
-from vdm_utils.metrics import share_below, top_patches
+from vdm_utils.faithfulness import top_fractions
+from vdm_utils.metrics import share_below
 from vdm_utils.plots import MASK_COLOURS, WIDTH, fade, own_range, show_course, show_image, show_mask, to_image, to_png
 from vdm_utils.training import MaskRecorder
 
@@ -63,7 +65,7 @@ def replay_explorer(recorder: MaskRecorder) -> Explorer:
         "index": image_dropdown(len(recorder.pixel_values)),
         "moment": named_slider("step", {str(record.step): i for i, record in enumerate(recorder.records)}, 0),
     }
-    return Explorer(lambda index, moment: draw_replay(recorder, index, moment), controls)
+    return Explorer(partial(draw_replay, recorder), controls)
 
 
 def ranks(scores: torch.Tensor) -> torch.Tensor:
@@ -73,8 +75,7 @@ def ranks(scores: torch.Tensor) -> torch.Tensor:
 
 def top_share(scores: torch.Tensor, percent: float) -> torch.Tensor:
     """1 for the highest `percent` of the scores [rows, cols] (at least one patch), else 0; ties in reading order."""
-    count = max(1, round(scores.numel() * percent / 100))
-    return top_patches(scores[None], torch.tensor([count]))[0, 0].float()
+    return top_fractions(scores[None], [percent / 100])[0, 0].float()
 
 
 SCALES = {"ranks": ranks, "own range 0…1": own_range}
@@ -130,11 +131,7 @@ def comparison_explorer(pixel_values: torch.Tensor, scores: dict[str, torch.Tens
         "scale": choice({name: name for name in SCALES}),
         "percent": slider(ipywidgets.IntSlider, "top %", 25, 5, 100, 5),
     }
-
-    def draw(**state) -> bytes:
-        return draw_comparison(pixel_values, scores, **state)
-
-    return Explorer(draw, controls)
+    return Explorer(partial(draw_comparison, pixel_values, scores), controls)
 
 
 def draw_epsilon(
@@ -179,7 +176,7 @@ def epsilon_explorer(
         "index": image_dropdown(len(pixel_values)),
         "eps": named_slider("ε", {f"{eps:g}": eps for eps in shown}, min(shown)),
     }
-    return Explorer(lambda index, eps: draw_epsilon(shown, pixel_values, index, eps, id2label), controls)
+    return Explorer(partial(draw_epsilon, shown, pixel_values, id2label=id2label), controls)
 
 
 def data_url(pixels: np.ndarray, **colours) -> str:
@@ -219,10 +216,9 @@ class Flipbook:
             fields.append(f"<fieldset><legend>{name}</legend>{buttons}</fieldset>")
         for place, page in self.pages.items():
             chosen = "".join(f":has(#{own}-{name}-{i}:checked)" for name, i in zip(self.choices, place))
-            rules.append(f"#{own}{chosen} .page-{'-'.join(map(str, place))}")
-            divisions.append(
-                f'<div class="page page-{"-".join(map(str, place))}"{" hidden" * (place != start)}>{page}</div>'
-            )
+            kind = "page-" + "-".join(map(str, place))
+            rules.append(f"#{own}{chosen} .{kind}")
+            divisions.append(f'<div class="page {kind}"{" hidden" * (place != start)}>{page}</div>')
         style = self.style.replace("FLIPBOOK", f"#{own}") + ",".join(rules) + "{display: flex !important}"
         bar = f'<img src="{data_url(np.linspace(0, 1, 64)[None], cmap=MASK_COLOURS)}" alt="">'
         scale = f'<p class="scale">P(z ≠ 0): 0 dropped {bar} 1 kept</p>'

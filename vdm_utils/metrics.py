@@ -31,7 +31,7 @@ def patch_iou(mask: torch.Tensor, truth: torch.Tensor, threshold: float = 0.5) -
     """
     kept, true = mask > threshold, on_grid(truth, mask.shape[-2:]) > 0.5
     shared, either = (kept & true).sum((1, 2)), (kept | true).sum((1, 2))
-    return torch.where(either > 0, shared / either.clamp(min=1), torch.ones_like(shared, dtype=torch.float))
+    return (shared / either).where(either > 0, 1)
 
 
 def patch_ranks(scores: torch.Tensor) -> torch.Tensor:
@@ -56,15 +56,14 @@ def top_patches(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 def iou_at_k(scores: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """`patch_iou` of the k patches with the largest scores, told the number k of true ones: [B], NaN where k = 0."""
     count = (on_grid(truth, scores.shape[-2:]) > 0.5).sum((1, 2))
-    iou = patch_iou(top_patches(scores, count[:, None])[:, 0].float(), truth)
-    return torch.where(count > 0, iou, torch.full_like(iou, math.nan))
+    return patch_iou(top_patches(scores, count[:, None])[:, 0].float(), truth).where(count > 0, math.nan)
 
 
 def pointing_game(scores: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """1 where the patch with the largest score touches the truth, else 0 (Zhang et al. 2018): [B]; NaN for an empty truth."""
     true = on_grid(truth, scores.shape[-2:]).flatten(1)
     hit = (true.gather(1, scores.flatten(1).argmax(1, keepdim=True))[:, 0] > 0).float()
-    return torch.where(true.sum(1) > 0, hit, torch.full_like(hit, math.nan))
+    return hit.where(true.sum(1) > 0, math.nan)
 
 
 def jensen_shannon(mask: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
@@ -79,11 +78,10 @@ def jensen_shannon(mask: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     middle = (p + q) / 2
 
     def relative_entropy(a):
-        return torch.where(a > 0, a * (a / middle).log(), torch.zeros_like(a)).sum(1)
+        return (a * (a / middle).log()).where(a > 0, 0).sum(1)
 
     divergence = (relative_entropy(p) + relative_entropy(q)) / 2
-    divergence = torch.where(p.sum(1) > 0, divergence, torch.full_like(divergence, math.log(2)))
-    return torch.where(q.sum(1) > 0, divergence, torch.full_like(divergence, math.nan))
+    return divergence.where(p.sum(1) > 0, math.log(2)).where(q.sum(1) > 0, math.nan)
 
 
 def mass_accuracy(mask: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
@@ -92,8 +90,7 @@ def mass_accuracy(mask: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     `truth` may be finer than the mask: every patch counts by the share of it that is true.
     """
     true = on_grid(truth, mask.shape[-2:])
-    share = (mask * true).sum((1, 2)) / mask.sum((1, 2))
-    return torch.where(true.sum((1, 2)) > 0, share, torch.full_like(share, math.nan))
+    return ((mask * true).sum((1, 2)) / mask.sum((1, 2))).where(true.sum((1, 2)) > 0, math.nan)
 
 
 # What stands where patches were taken away.
@@ -237,18 +234,11 @@ def smallest_masks(diffmask: VisionDiffMask, pixel_values: torch.Tensor, batch_s
 
     Meant for grids of at most 16 patches; the full mask always qualifies, so M ≥ 1.
     """
-    states = diffmask.view.encode(pixel_values[None])
-    count = states.embeddings.shape[1]
+    count = math.prod(diffmask.view.grid)
     if count > 16:
         raise VDMError("too many patches to try every mask", where="smallest_masks", expected="at most 16", got=count,
                        fix="use a smaller grid")  # fmt: skip
-    masks = (torch.arange(2**count)[:, None] >> torch.arange(count)) & 1  # [2^N, N]
-    kl = []
-    for part in masks.split(batch_size):
-        pictures = pixel_values.expand(len(part), -1, -1, -1)
-        same = PatchStates(states.embeddings.expand(len(part), -1, -1), [], states.logits, states.grid)
-        kl.append(kl_divergence(states.logits, diffmask.masked_logits(pictures, same, part)))
-    enough = torch.cat(kl) <= diffmask.config.eps
-    enough[-1] = True  # everything kept: KL is 0 up to rounding
-    size = masks.sum(1)
-    return masks[enough & (size == size[enough].min())].bool()
+    masks = ((torch.arange(2**count)[:, None] >> torch.arange(count)) & 1).bool()  # [2^N, N], the last keeps everything
+    logits = logits_without(diffmask, pixel_values[None], ~masks[None], "placeholder", batch_size=batch_size)[0].cpu()
+    enough, size = kl_divergence(logits[-1], logits) <= diffmask.config.eps, masks.sum(1)
+    return masks[enough & (size == size[enough].min())]

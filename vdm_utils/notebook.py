@@ -121,8 +121,7 @@ def grader(exercise: str) -> Iterator[None]:
     try:
         yield
     except Exception as problem:  # whatever a student's code does wrong
-        print(
-            f"{exercise}: not yet ({type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else 'see the task'})"
-        )
+        reason = str(problem).splitlines()[0] if str(problem) else "see the task"
+        print(f"{exercise}: not yet ({type(problem).__name__}: {reason})")
     else:
         print(f"{exercise}: passed")

@@ -48,9 +48,10 @@ def show_image(axes, pixel_values: torch.Tensor, title: str = "") -> None:
     axes.set_xticks([]), axes.set_yticks([])
 
 
-def show_mask(axes, mask: torch.Tensor, title: str = ""):
-    """One mask [rows, cols] in 0..1; returns the picture, for a colour bar."""
-    picture = axes.imshow(mask.detach().cpu().numpy(), cmap=MASK_COLOURS, vmin=0, vmax=1, interpolation="nearest")
+def show_mask(axes, mask: torch.Tensor, title: str = "", **how):
+    """One mask [rows, cols] in 0..1; returns the picture, for a colour bar. `how`: more options of `imshow`."""
+    pixels = mask.detach().cpu().numpy()
+    picture = axes.imshow(pixels, cmap=MASK_COLOURS, vmin=0, vmax=1, interpolation="nearest", **how)
     axes.set_title(title, fontsize=8)
     axes.set_xticks([]), axes.set_yticks([])
     return picture
@@ -62,23 +63,20 @@ def show_overlay(axes, pixel_values: torch.Tensor, mask: torch.Tensor, title: st
     height, width = grey.shape
     axes.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     corners = (-0.5, width - 0.5, height - 0.5, -0.5)  # of the picture, whose pixels are centred at whole numbers
-    axes.imshow(
-        mask.detach().cpu().numpy(),
-        cmap=MASK_COLOURS,
-        alpha=0.5,
-        extent=corners,
-        vmin=0,
-        vmax=1,
-        interpolation="nearest",
-    )
-    axes.set_title(title, fontsize=8)
-    axes.set_xticks([]), axes.set_yticks([])
+    show_mask(axes, mask, title, alpha=0.5, extent=corners)
 
 
 def fade(pixel_values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """A picture [C, H, W] faded to grey where the mask [rows, cols] drops its patches."""
     pixel_mask = F.interpolate(mask[None, None].float(), size=pixel_values.shape[-2:], mode="nearest")[0]
     return masked_image(pixel_values[None], pixel_mask)[0]
+
+
+def captions(shown: Explanation, index: int, id2label: dict[int, str]) -> tuple[str, str, str]:
+    """Of one picture: its class, "kept … %, KL …" and the class of the masked picture, marked where it changed."""
+    before, after = shown.logits[index].argmax().item(), shown.masked_logits[index].argmax().item()
+    cost = f"kept {shown.kept[index].item():.0%}, KL {abs(shown.kl[index].item()):.3f}"
+    return id2label[before], cost, id2label[after] + ("" if after == before else " (changed)")
 
 
 def show_course(
@@ -151,15 +149,9 @@ def explanation_grid(
     `others`: scores [B, rows, cols] of other methods by name; each picture's are scaled to 0..1, as they have no unit.
     """
     pixel_mask = shown.pixel_mask(*pixel_values.shape[-2:])
-    before, after = shown.logits.argmax(-1).tolist(), shown.masked_logits.argmax(-1).tolist()
     rows = {"input": pixel_values, "mask": shown.mask, "masked input": masked_image(pixel_values, pixel_mask)}
-    titles = {
-        "input": [id2label[b] for b in before],
-        "mask": [f"kept {k:.0%}, KL {abs(d):.3f}" for k, d in zip(shown.kept.tolist(), shown.kl.tolist(), strict=True)],
-        "masked input": [id2label[a] + ("" if a == b else " (changed)") for a, b in zip(after, before, strict=True)],
-    }
-    for name, scores in (others or {}).items():
-        rows[name] = own_range(scores)
+    titles = dict(zip(rows, zip(*(captions(shown, i, id2label) for i in range(len(pixel_values))))))
+    rows |= {name: own_range(scores) for name, scores in (others or {}).items()}
     if truth is not None:
         rows["truth"] = truth
     label = "P(z ≠ 0): 0 dropped, 1 kept" + ("; other methods: scaled to 0…1" if others else "")

@@ -55,18 +55,16 @@ class MetricsFile(TrainerCallback):
 class Checksums(TrainerCallback):
     """Puts checksums beside every checkpoint, once its last file is written: a damaged one is never resumed.
 
-    Only then older ones are deleted, but for `keep` of them, the best included: one that is whole is always left.
+    Only then older ones are deleted (Trainer would do it before), but for two, the best included: one that is whole is
+    always left.
     """
-
-    def __init__(self, keep: int):
-        self.keep = keep
 
     def on_save(self, args, state, control, **kwargs):
         if args.world_size > 1:
             torch.distributed.barrier()  # every process writes its own random state
         if state.is_world_process_zero:
             write_checksums(Path(args.output_dir, f"checkpoint-{state.global_step}"))
-            rotate_checkpoints(args.output_dir, self.keep, state.best_model_checkpoint, use_mtime=True)
+            rotate_checkpoints(args.output_dir, 2, state.best_model_checkpoint, use_mtime=True)
 
 
 def check_fit(model: PreTrainedModel, data: Pictures, job: str, classes: bool = True) -> None:
@@ -92,7 +90,8 @@ def check_fit(model: PreTrainedModel, data: Pictures, job: str, classes: bool = 
                        fix="train one with train-base, or change the data options or --from_pretrained")  # fmt: skip
 
 
-def training_arguments(chosen: RunSettings, output_dir: Path, optimizer: str, **more) -> TrainingArguments:
+def training_arguments(chosen: RunSettings, output_dir: Path, rhythm: str, **more) -> TrainingArguments:
+    """Trainer's options for a run that is evaluated and saved at the same moments: `rhythm` is `steps` or `epoch`."""
     check_writable(output_dir)
     return TrainingArguments(
         output_dir=str(output_dir),
@@ -101,8 +100,12 @@ def training_arguments(chosen: RunSettings, output_dir: Path, optimizer: str, **
         num_train_epochs=chosen.num_epochs,
         max_steps=chosen.max_steps,
         learning_rate=chosen.lr,
-        optim=optimizer,
+        optim="adamw_torch",
         logging_steps=chosen.log_every_n_steps,
+        eval_strategy=rhythm,
+        eval_steps=chosen.log_every_n_steps,
+        save_strategy=rhythm,
+        save_steps=chosen.log_every_n_steps,
         dataloader_num_workers=chosen.num_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=not chosen.enable_progress_bar,
@@ -113,13 +116,11 @@ def training_arguments(chosen: RunSettings, output_dir: Path, optimizer: str, **
     )
 
 
-def run_to_the_end(trainer: Trainer, chosen: RunSettings, resume: str | None) -> None:
+def run_to_the_end(trainer: Trainer, resume: str | None) -> None:
     """Run a Trainer from the start or from a checkpoint; `resume` is a folder, 'last' or None."""
     trainer.remove_callback(PrinterCallback)  # metrics go to metrics.csv, not to stdout
     trainer.add_callback(MetricsFile)
-    # Trainer would delete an old checkpoint while the new one still lacks its checksums
-    trainer.add_callback(Checksums(keep=trainer.args.save_total_limit))
-    trainer.args.save_total_limit = None
+    trainer.add_callback(Checksums)
     trainer.add_callback(TellEpoch(trainer.train_dataset))
     guard_saving(trainer)
     if resume == "last":

@@ -35,9 +35,8 @@ def inside(kind: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             return torch.maximum(x.abs(), y.abs()) < 0.7
         case "cross":
             return (torch.minimum(x.abs(), y.abs()) < 0.27) & (torch.maximum(x.abs(), y.abs()) < 0.9)
-        case (
-            "star"
-        ):  # the straight edge from an outer corner (angle 0) to an inner one (angle π/5), in polar coordinates
+        case "star":
+            # the straight edge from an outer corner (angle 0) to an inner one (angle π/5), in polar coordinates
             corner, inner, outer = math.pi / 5, 0.42, 1.0
             angle = (torch.atan2(y, x) % (2 * corner) - corner).abs()  # 0 at inner, π/5 at outer corners
             angle = corner - angle

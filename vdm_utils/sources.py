@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -63,10 +64,15 @@ def read_image(file: Path, channels: int = 3) -> Image.Image:
                        fix="replace or delete it, or leave such files out with skip_unreadable") from error  # fmt: skip
 
 
-def read_pictures(files: Sequence[str | Path], size: tuple[int, int], channels: int = 3) -> torch.Tensor:
-    """Picture files as `pixel_values` [B, C, height, width] in −1..1: scaled to cover `size`, and the centre cut out."""
+def read_fitted(files: Sequence[str | Path], size: tuple[int, int], channels: int = 3) -> torch.Tensor:
+    """Picture files as uint8 [B, C, height, width]: scaled to cover `size`, and the centre cut out."""
     fitted = [ImageOps.fit(read_image(Path(f), channels), size[::-1], Image.Resampling.BICUBIC) for f in files]
-    return torch.stack([transforms.to_dtype(transforms.to_image(p), torch.float32, scale=True) for p in fitted]) * 2 - 1
+    return torch.stack([transforms.pil_to_tensor(picture) for picture in fitted])
+
+
+def read_pictures(files: Sequence[str | Path], size: tuple[int, int], channels: int = 3) -> torch.Tensor:
+    """Picture files as `pixel_values` [B, C, height, width] in −1..1, fitted to `size`."""
+    return transforms.to_dtype(read_fitted(files, size, channels), torch.float32, scale=True) * 2 - 1
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -108,16 +114,14 @@ def read_image_folder(
     training pictures only those of the `split` (`train` or `validation`, see `held_out`) are read."""
     files, classes, names = list_images(folder)
     if split != "test":
-        part = held_out(len(files), split)
+        part = held_out(np.arange(len(files)), split)
         files, classes = [files[i] for i in part], classes[part]
-    images = [np.asarray(read_image(file, channels)) for file in files]
-    sizes = {image.shape[:2] for image in images}
+    images = [transforms.pil_to_tensor(read_image(file, channels)) for file in files]
+    sizes = {tuple(image.shape[1:]) for image in images}
     if len(sizes) > 1:
         raise VDMError("images of different sizes", where=str(folder), expected="one size",
                        got=sorted(sizes)[:4], fix="resize them to one size first")  # fmt: skip
-    stacked = torch.from_numpy(np.stack(images))
-    stacked = stacked.permute(0, 3, 1, 2) if channels == 3 else stacked[:, None]
-    return stacked.contiguous(), torch.from_numpy(classes), names
+    return torch.stack(images), torch.from_numpy(classes), names
 
 
 class FolderImages(Pictures):
@@ -128,25 +132,30 @@ class FolderImages(Pictures):
     def __init__(self, name, split, files: list[Path], classes: np.ndarray, names, *, side: int, seed=0):
         super().__init__(name, split, len(files), seed)
         self.files, self.classes, self.id2label = files, torch.from_numpy(classes), dict(enumerate(names))
-        self.side = side
         self.image_size = (side, side)
 
     def _draw(self, index):
-        square = (self.side, self.side)
-        images = [np.asarray(ImageOps.fit(read_image(self.files[i]), square, Image.Resampling.BICUBIC)) for i in index]
-        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        pixels = read_fitted([self.files[i] for i in index], self.image_size)
         return {"pixels": pixels, "labels": self.classes[torch.from_numpy(index)]}
 
 
-def held_out(count: int, split: str) -> np.ndarray:
-    """Which of `count` training pictures are the `train` or the `validation` split, shuffled; it never depends on a seed."""
-    order = np.random.default_rng(0).permutation(count)
-    cut = min(count // 10, HELD_OUT)
-    return order[cut:] if split == "train" else order[:cut]
+def held_out(
+    members: np.ndarray, split: str, missing: Sequence[str] = ("validation",), most: int = HELD_OUT
+) -> np.ndarray:
+    """Those of the training pictures `members` that are a split, shuffled; it never depends on a seed.
+
+    Each `missing` split gets a tenth, at `most` so many, and at least one where there are three; `train` gets the others.
+    """
+    order = np.random.default_rng(0).permutation(members)
+    cut = max(1, min(len(order) // 10, most)) if len(order) >= 3 else 0
+    if split == "train":
+        return order[cut * len(missing) :]
+    first = cut * missing.index(split)
+    return order[first : first + cut]
 
 
 def image_folder(
-    name: str, root: Path, split: str, *, side: int, seed: int, skip_unreadable: bool, folders: dict[str, str]
+    name: str, root: Path, split: str, folders: dict[str, str], *, side: int, seed: int, skip_unreadable: bool
 ) -> FolderImages:
     """A split of a folder with `<class>/` folders in it, or in its `train`, `validation` and `test` folders.
 
@@ -162,25 +171,15 @@ def image_folder(
     else:
         files, classes, names = list_images(present.get("train", root))
         missing = [other for other in ("test", "validation") if other not in present]
-        part = np.concatenate(
-            [_share(np.flatnonzero(classes == c), split, missing, len(names)) for c in range(len(names))]
-        )
+        most = HELD_OUT // len(names)
+        per_class = [held_out(np.flatnonzero(classes == c), split, missing, most) for c in range(len(names))]
+        part = np.concatenate(per_class)
     if skip_unreadable:
         part = np.array([i for i in part if _is_readable(files[i])], dtype=np.int64)
     if not len(part):
         raise VDMError(f"no picture for the {split} split", where=str(root), expected="at least 3 pictures per class",
                        got=len(files), fix=f"add pictures, or make a {split} folder with class folders in it")  # fmt: skip
     return FolderImages(name, split, [files[i] for i in part], classes[part], names, side=side, seed=seed)
-
-
-def _share(members: np.ndarray, split: str, missing: list[str], num_classes: int) -> np.ndarray:
-    """The pictures of a class for a split: a tenth for each missing one, at least one where there are three."""
-    order = np.random.default_rng(0).permutation(members)
-    cut = max(1, min(len(order) // 10, HELD_OUT // num_classes)) if len(order) >= 3 else 0
-    if split == "train":
-        return order[cut * len(missing) :]
-    first = cut * missing.index(split)
-    return order[first : first + cut]
 
 
 def _is_readable(file: Path) -> bool:
@@ -201,16 +200,15 @@ def search_path(data_dir: str | os.PathLike | None) -> list[Path]:
     return list(dict.fromkeys(Path(c) for c in candidates if c))
 
 
-def imagenet(split: str, data_dir, *, side: int, seed: int, skip_unreadable: bool) -> FolderImages:
-    """ImageNet as torchvision lays it out: `imagenet/{train,val}/<wnid>/*`. It is never downloaded."""
+def imagenet(split: str, data_dir, **options) -> FolderImages:
+    """ImageNet as torchvision lays it out: `imagenet/{train,val}/<wnid>/*`, never downloaded. `options`: of `image_folder`."""
     places = [place / name for place in search_path(data_dir) for name in ("imagenet", "ImageNet")]
     root = next((p for p in places if (p / "val").is_dir() and (p / "train").is_dir()), None)
     if root is None:
         raise VDMError("ImageNet is not here", where="load_data", expected="imagenet/train/<wnid>/* and imagenet/val/<wnid>/* in "
                        + ", ".join(map(str, search_path(data_dir))), got="no such folders",
                        fix="unpack it there (image-net.org), or set VDM_DATA_DIR; it is never downloaded")  # fmt: skip
-    pictures = image_folder("ImageNet", root, split, side=side, seed=seed, skip_unreadable=skip_unreadable,
-                            folders={"train": "train", "test": "val"})  # fmt: skip
+    pictures = image_folder("ImageNet", root, split, {"train": "train", "test": "val"}, **options)
     mapping = root / "LOC_synset_mapping.txt"  # "n01440764 tench, Tinca tinca", as distributed with the pictures
     if mapping.is_file():
         words = dict(line.split(" ", 1) for line in mapping.read_text().splitlines() if " " in line)
@@ -218,15 +216,14 @@ def imagenet(split: str, data_dir, *, side: int, seed: int, skip_unreadable: boo
     return pictures
 
 
-def own_folder(split: str, data_dir, *, side: int, seed: int, skip_unreadable: bool) -> FolderImages:
-    """A user's own pictures: `<data_dir>/<class>/*`, or the same inside `train`, `validation` and `test` folders."""
+def own_folder(split: str, data_dir, **options) -> FolderImages:
+    """A user's own pictures: `<data_dir>/<class>/*`, or that in `train`, `validation` and `test`. `options`: of `image_folder`."""
     root = Path(data_dir or "data/")
     if not root.is_dir():
         raise VDMError("no such folder", where="dataset folder", expected="data_dir with one folder per class", got=root,
                        fix="check data_dir")  # fmt: skip
     validation = "val" if (root / "val").is_dir() else "validation"
-    return image_folder("folder", root, split, side=side, seed=seed, skip_unreadable=skip_unreadable,
-                        folders={"train": "train", "validation": validation, "test": "test"})  # fmt: skip
+    return image_folder("folder", root, split, {"train": "train", "validation": validation, "test": "test"}, **options)
 
 
 def drop_half_unpacked(folder: Path) -> None:
@@ -247,41 +244,38 @@ def download(dataset: type[MNIST | CIFAR10], place: Path, part: str) -> MNIST | 
         return dataset(str(place), train=part == "train", download=True)
 
 
+def find_or_download(name: str, part: str, places: list[Path]) -> MNIST | CIFAR10:
+    """torchvision's dataset, from the first place that has its files, or else downloaded to the first place."""
+    dataset = {"MNIST": MNIST, "CIFAR10": CIFAR10}[name]
+    for place in places:
+        with suppress(Exception):  # torchvision raises RuntimeError, OSError … depending on what is missing or damaged
+            return dataset(str(place), train=part == "train", download=False)
+    try:
+        return download(dataset, places[0], part)
+    except Exception as error:  # URLError too
+        raise VDMError(f"{name} is not here and cannot be downloaded", where="load_data", expected=f"{name.lower()}/{part}/<class>/* "
+                       f"or torchvision's files in {', '.join(map(str, places))}", got=f"{type(error).__name__}: {error}",
+                       fix="unpack it there, set VDM_DATA_DIR, or use toy, shapes or digits, which need no files") from error  # fmt: skip
+
+
 def downloadable(name: str, split: str, data_dir, seed: int) -> ImageSet:
     """MNIST or CIFAR10: an image folder, else torchvision's own files, else torchvision's download."""
-    dataset = {"MNIST": MNIST, "CIFAR10": CIFAR10}[name]
     channels = 1 if name == "MNIST" else 3
     part = "test" if split == "test" else "train"
     places = search_path(data_dir)
-    for place in places:
-        folder = place / name.lower()
-        if (folder / part).is_dir():
-            images, classes, names = read_image_folder(folder / part, channels, split)
-            if len(names) != 10:
-                raise VDMError("data only half unpacked", where=str(folder / part), expected="10 class folders",
-                               got=len(names), fix="unpack the data again")  # fmt: skip
-            check_same_classes([folder / half for half in ("train", "test") if (folder / half).is_dir()])
-            break
+    folder = next((p / name.lower() for p in places if (p / name.lower() / part).is_dir()), None)
+    if folder is not None:
+        images, classes, names = read_image_folder(folder / part, channels, split)
+        if len(names) != 10:
+            raise VDMError("data only half unpacked", where=str(folder / part), expected="10 class folders",
+                           got=len(names), fix="unpack the data again")  # fmt: skip
+        check_same_classes([folder / half for half in ("train", "test") if (folder / half).is_dir()])
     else:
-        for attempt, place in enumerate([*places, places[0]]):
-            last = attempt == len(places)  # nothing found anywhere: download to the first place
-            try:
-                found = (
-                    download(dataset, place, part)
-                    if last
-                    else dataset(str(place), train=part == "train", download=False)
-                )
-            except Exception as error:  # torchvision raises RuntimeError, URLError, OSError … depending on the failure
-                if last:
-                    raise VDMError(f"{name} is not here and cannot be downloaded", where="load_data", expected=f"{name.lower()}/{part}/<class>/* "
-                                   f"or torchvision's files in {', '.join(map(str, places))}", got=f"{type(error).__name__}: {error}",
-                                   fix="unpack it there, set VDM_DATA_DIR, or use toy, shapes or digits, which need no files") from error  # fmt: skip
-                continue
-            images = torch.as_tensor(found.data)
-            images = images[:, None] if channels == 1 else images.permute(0, 3, 1, 2).contiguous()
-            classes, names = torch.as_tensor(found.targets), found.classes
-            if split != "test":
-                chosen = torch.from_numpy(held_out(len(images), split))
-                images, classes = images[chosen], classes[chosen]
-            break
+        found = find_or_download(name, part, places)
+        images = torch.as_tensor(found.data)
+        images = images[:, None] if channels == 1 else images.permute(0, 3, 1, 2).contiguous()
+        classes, names = torch.as_tensor(found.targets), found.classes
+        if split != "test":
+            chosen = torch.from_numpy(held_out(np.arange(len(images)), split))
+            images, classes = images[chosen], classes[chosen]
     return ImageSet(name, split, images, classes, list(names), seed=seed)

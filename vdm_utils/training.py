@@ -171,16 +171,18 @@ def train_classifier(
     chosen.validate()
     check_fit(model, train_data, "train_classifier")
     output_dir = Path(output_dir)
-    steps = (
-        {"eval_strategy": "steps", "save_strategy": "steps"}
-        if chosen.max_steps > 0
-        else {"eval_strategy": "epoch", "save_strategy": "epoch"}
-    )
     arguments = training_arguments(
-        chosen, output_dir, "adamw_torch", bf16=chosen.bf16, weight_decay=chosen.weight_decay, lr_scheduler_type=chosen.lr_schedule if not chosen.warmup_steps or chosen.lr_schedule != "constant" else "constant_with_warmup",
-        warmup_steps=chosen.warmup_steps, eval_steps=chosen.log_every_n_steps, save_steps=chosen.log_every_n_steps,
-        save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=True, **steps,
-    )  # fmt: skip
+        chosen,
+        output_dir,
+        "steps" if chosen.max_steps > 0 else "epoch",
+        bf16=chosen.bf16,
+        weight_decay=chosen.weight_decay,
+        # Trainer's "constant" leaves warm-up out
+        lr_scheduler_type=chosen.lr_schedule.replace("constant", "constant_with_warmup"),
+        warmup_steps=chosen.warmup_steps,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+    )
     trainer = ClassifierTrainer(
         model,
         arguments,
@@ -195,7 +197,7 @@ def train_classifier(
         callbacks=[EarlyStoppingCallback(chosen.patience, early_stopping_threshold=TIE_BREAK)],
     )
     with dropped_patches(model, chosen.patch_dropout), masked_patches(model, chosen.patch_masking):
-        run_to_the_end(trainer, chosen, resume)
+        run_to_the_end(trainer, resume)
     trainer.save_model()
     if trainer.is_world_process_zero():
         write_checksums(output_dir)
@@ -208,13 +210,12 @@ def train_classifier(
 def evaluate_classifier(model: PreTrainedModel, data: Pictures, batch_size: int = 128) -> dict[str, float]:
     """`accuracy` (0..1) and mean `confidence` of the predicted class (0..1) over a dataset."""
     model.eval()
-    right, confidence = [], []
+    parts = []
     for batch in DataLoader(data, batch_size):
-        probability = model(batch["pixel_values"].to(model.device)).logits.softmax(-1).cpu()
+        probability = model(batch["pixel_values"].to(model.device)).logits.float().softmax(-1).cpu()
         top = probability.max(-1)
-        right.append(top.indices == batch["labels"])
-        confidence.append(top.values)
-    return {"accuracy": torch.cat(right).float().mean().item(), "confidence": torch.cat(confidence).mean().item()}
+        parts.append(torch.stack([(top.indices == batch["labels"]).float(), top.values]))
+    return dict(zip(("accuracy", "confidence"), torch.cat(parts, 1).mean(1).tolist(), strict=True))
 
 
 # ---------------------------------------------------------------- the DiffMask
@@ -374,15 +375,13 @@ def train_diffmask(
     # weights do not depend on what ran before in this process
     set_seed(chosen.seed)
     arguments = training_arguments(
-        chosen, output_dir, "adamw_torch", max_grad_norm=0.0, eval_strategy="steps", eval_steps=chosen.log_every_n_steps,
-        save_strategy="steps", save_steps=chosen.log_every_n_steps, save_total_limit=2, remove_unused_columns=False,
-        ddp_find_unused_parameters=True,
-    )  # fmt: skip
+        chosen, output_dir, "steps", max_grad_norm=0.0, remove_unused_columns=False, ddp_find_unused_parameters=True
+    )
+    watching = [ClampMultiplier(), *callbacks]
     trainer = DiffMaskTrainer(
-        diffmask, arguments, chosen, train_dataset=train_data, eval_dataset=eval_data,
-        callbacks=[ClampMultiplier(), *callbacks],
-    )  # fmt: skip
-    run_to_the_end(trainer, chosen, resume)
+        diffmask, arguments, chosen, train_dataset=train_data, eval_dataset=eval_data, callbacks=watching
+    )
+    run_to_the_end(trainer, resume)
     trainer.save_model()
     diffmask.eval()
     return trainer.evaluate()

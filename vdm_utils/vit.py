@@ -65,10 +65,9 @@ def build_classifier(
     Raises:
         VDMError: for an unknown architecture or size, or patches that do not tile the image.
     """
-    where = "build_classifier"
-    sizes = {"vit": VIT_SIZES, "convnext": CONVNEXT_SIZES}
-    if str(architecture).lower() not in sizes:
-        raise unknown_name("architecture", architecture, sizes, where)
+    where, kind = "build_classifier", str(architecture).lower()
+    if kind not in ("vit", "convnext"):
+        raise unknown_name("architecture", architecture, ("vit", "convnext"), where)
     if size not in VIT_SIZES:
         raise unknown_name("size", size, VIT_SIZES, where)
     image, patch = as_pair(image_size), as_pair(patch_size)
@@ -82,23 +81,11 @@ def build_classifier(
     if not isinstance(id2label, dict) or set(id2label) != set(range(len(id2label))):
         raise VDMError("the classes are not numbered", where=where, expected="id2label {0: name, 1: name, …}", got=id2label,
                        fix="number them from 0 on")  # fmt: skip
-    shared = {
-        "num_channels": num_channels,
-        "id2label": id2label,
-        "label2id": {v: k for k, v in id2label.items()},
-    }
-    if str(architecture).lower() == "convnext":
+    shared = {"num_channels": num_channels, "id2label": id2label, "label2id": {v: k for k, v in id2label.items()}}
+    if kind == "convnext":
         widths, depths = CONVNEXT_SIZES[size]
-        return ConvNextForImageClassification(
-            ConvNextConfig(
-                hidden_sizes=list(widths),
-                depths=list(depths),
-                num_stages=len(widths),
-                patch_size=min(patch),
-                image_size=max(image),
-                **shared,
-            )
-        )
+        shared |= {"patch_size": min(patch), "image_size": max(image), "num_stages": len(depths)}
+        return ConvNextForImageClassification(ConvNextConfig(hidden_sizes=widths, depths=depths, **shared))
     hidden, layers, heads, intermediate = VIT_SIZES[size]
     config = ViTConfig(
         hidden_size=hidden,
@@ -321,36 +308,31 @@ class PatchView:
             VDMError: for images that do not fit (`check`), or from which the model computes NaN or infinite logits.
         """
         self.check(pixel_values)
-        seen: dict[object, torch.Tensor] = {}
+        seen: dict[nn.Module | str, torch.Tensor] = {}
 
-        def keep(key):
-            def hook(module, inputs, output):
-                seen[key] = output[0] if isinstance(output, tuple) else output
-
-            return hook
+        def keep(module, inputs, output):
+            seen[module] = output[0] if isinstance(output, tuple) else output
 
         def keep_input(module, inputs):
             seen["input"] = inputs[0]
 
-        with ExitStack() as stack, torch.no_grad():
-            stack.enter_context(self.frozen())
-            stack.callback(self.projection.register_forward_hook(keep("embeddings")).remove)
-            stack.callback(self.layers[0].register_forward_pre_hook(keep_input).remove)
-            for k, layer in enumerate(self.layers):
-                stack.callback(layer.register_forward_hook(keep(k)).remove)
+        with torch.no_grad(), self.frozen(), ExitStack() as hooks:
+            hooks.enter_context(self.layers[0].register_forward_pre_hook(keep_input))
+            for module in (self.projection, *self.layers):
+                hooks.enter_context(module.register_forward_hook(keep))
             logits = self.model(pixel_values).logits
         if not torch.isfinite(logits).all():
             raise VDMError("the classifier's output is not finite", where=type(self.model).__name__, expected="finite logits",
                            got=f"NaN or infinite, from images up to {pixel_values.abs().max():.3g}",
                            fix="normalise the images as load_data does; if they are, the weights are broken")  # fmt: skip
-        embeddings = seen["embeddings"]
+        embeddings = seen[self.projection]
         if embeddings.dim() == 4:  # a bare convolution, [B, d, rows, cols]
             embeddings = embeddings.flatten(2).transpose(1, 2)  # [B, N, d]
         count, (rows, cols) = embeddings.shape[1], self.grid
         if count != rows * cols:
             raise VDMError("the patch embeddings do not fill the patch grid", where=type(self.model).__name__,
                            expected=f"{rows} · {cols} patches", got=count, fix="use a plain vision transformer")  # fmt: skip
-        states = [seen["input"], *(seen[k] for k in range(len(self.layers)))]
+        states = [seen["input"], *(seen[layer] for layer in self.layers)]
         return PatchStates(embeddings, [embeddings, *(s[:, -count:] for s in states)], logits, self.grid)
 
     def logits(self, pixel_values: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
@@ -364,9 +346,7 @@ class PatchView:
                 return embeddings.transpose(1, 2).reshape(output.shape).to(output.dtype)
             return embeddings.to(output.dtype)
 
-        with ExitStack() as stack:
-            stack.enter_context(self.frozen())
-            stack.callback(self.projection.register_forward_hook(replace).remove)
+        with self.frozen(), self.projection.register_forward_hook(replace):
             return self.model(pixel_values).logits
 
     @torch.no_grad()
@@ -379,11 +359,9 @@ class PatchView:
             VDMError: for a model whose layers look positions up themselves (BEiT with relative position bias), or that
                 has no token or nothing to average when no patch is left.
         """
-        where, names = (
-            type(self.model).__name__,
-            [*dict(self.model.named_modules()), *dict(self.model.named_parameters())],
-        )
-        if any(word in name for name in names for word in ("relative_position", "rope", "rotary")):
+        where = type(self.model).__name__
+        names = " ".join([*dict(self.model.named_modules()), *dict(self.model.named_parameters())])
+        if any(word in names for word in ("relative_position", "rope", "rotary")):
             raise VDMError("patches cannot be left out of this classifier", where=where, expected="positions that are added "
                            "before the first layer", got="positions inside the layers", fix="use another fill")  # fmt: skip
         nothing_left = VDMError("the classifier says nothing without patches", where=where, expected="at least one patch left",
@@ -400,9 +378,7 @@ class PatchView:
                     raise nothing_left
                 return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])), *inputs[1:]
 
-            with ExitStack() as stack:
-                stack.enter_context(self.frozen())
-                stack.callback(self.layers[0].register_forward_pre_hook(leave_out).remove)
+            with self.frozen(), self.layers[0].register_forward_pre_hook(leave_out):
                 parts.append(self.model(pixel_values[chosen]).logits)
         logits = torch.cat(parts)[torch.cat(groups).argsort()]
         if logits[gone.all(1)].isnan().any():  # a mean over no patch
