@@ -102,6 +102,10 @@ TASKS = {
             "--from_pretrained data/checkpoints/cifar10/base",
             f"train-base --dataset CIFAR10_QA --grid_size 2 --class_idx 1 --image_size 64 {PICTURES} --augment_cells "
             "--batch_size 32 --lr 3e-4 --lr_schedule linear --warmup_steps 20 --max_steps 480 --log_every_n_steps 120 --seed 1",
+            # taught to count what is left when cells are empty
+            f"train-base --dataset CIFAR10_QA --grid_size 2 --class_idx 1 --image_size 64 {PICTURES} --augment_cells "
+            "--batch_size 32 --lr 4e-4 --lr_schedule linear --warmup_steps 40 --max_steps 1000 --log_every_n_steps 200 --seed 2 "
+            "--empty_cells 0.5",
         ],
     },
 }
