@@ -43,7 +43,7 @@ __all__ = [
 
 TOY_COLOURS = ("red", "green", "blue", "yellow", "magenta", "cyan")
 TOY_RGB = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [255, 0, 255], [0, 255, 255]])
-EMPTY = 128  # mid grey, which is 0 after normalisation and no toy colour
+EMPTY = 128  # mid grey, as good as 0 after normalisation, and no toy colour
 CLASSIFICATION = ("shapes", "digits", "MNIST", "CIFAR10", "ImageNet", "folder")
 DATASETS = ("toy", *CLASSIFICATION, *(f"{name}_QA" for name in CLASSIFICATION))
 
