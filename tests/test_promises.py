@@ -16,6 +16,7 @@ from vdm_utils.__main__ import parse
 from vdm_utils.data import load_data
 from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.errors import VDMError
+from vdm_utils.metrics import mass_accuracy, on_grid
 from vdm_utils.notebook import checkpoint
 from vdm_utils.training import ClassifierSettings, DiffMaskSettings, evaluate_classifier
 from vdm_utils.vit import load_classifier
@@ -128,10 +129,30 @@ def test_deletion_tables_are_those_of_the_runs():
 
 def test_rollout_is_ahead_on_shapes_by_what_the_readme_says():
     paired = pd.read_csv(ROOT / "benchmarks" / "results" / "deletion_shapes_paired.csv")
-    paired = paired[(paired["measure"] == "probability") & (paired["other"] == "rollout")].set_index("direction")
+    paired = paired[paired["measure"] == "probability"].set_index(["other", "direction", "fill"])
     told = re.search(r"rollout is better than DiffMask here, by (0.\d+) and (0.\d+)", flat(claim("Shapes"))).groups()
     for number, direction in zip(told, ("important first", "unimportant first")):
-        assert agrees(number, -paired.loc[direction, "difference"]) and paired.loc[direction, "high"] < 0
+        assert agrees(number, -paired.loc[("rollout", direction, "noise"), "difference"])
+    rollout = paired.loc["rollout"]
+    assert len(rollout) == 8 and (rollout["high"] < 0).all()
+    assert -rollout["difference"].max() > 0.005 and -rollout["difference"].min() < 0.045
+    assert (paired.drop(index="rollout")["low"] > 0).all()
+
+
+def test_the_second_school_of_shapes_ends_where_the_readme_says():
+    test = load_data("shapes", "test").batch(range(1000))
+    diffmask = VisionDiffMask.from_pretrained(checkpoint("shapes", "diffmask"))
+    shown = [diffmask.explain(part) for part in test["pixel_values"].split(250)]
+    right = torch.cat([one.logits.argmax(-1) for one in shown]) == test["labels"]
+    touched = (on_grid(test["truth"], diffmask.view.grid) > 0).float()
+    on_object = mass_accuracy(torch.cat([one.mask for one in shown]), touched)[right].nanmean()
+    kept_promise = (torch.cat([one.kl for one in shown]) <= 0.1).float().mean()
+    oracle = pd.read_csv(ROOT / "benchmarks" / "results" / "oracle.csv").set_index(["task", "fill", "pictures"])
+    truth = oracle.loc[("shapes", "learned placeholder", "all"), "KL ≤ ε"]
+    table = [row[-1].rstrip(" %") for row in rows(claim("The classifier comes first."))]
+    for told, value in zip(table, (right.float().mean(), truth, kept_promise, on_object), strict=True):
+        assert agrees(told, 100 * float(value)), (told, value)
+    assert f"are {100 * touched.mean():.0f} % of a picture" in flat(claim("Shapes"))
 
 
 def test_refined_masks_are_better_where_the_readme_says():
@@ -158,6 +179,18 @@ def test_refinement_gains_and_costs_what_the_readme_says():
     shares = re.search(r"0.03, 0.1 and 0.3 nats keep (\d+), (\d+) and (\d+) %", told).groups()
     assert all(agrees(share, dial[eps]) for share, eps in zip(shares, (0.03, 0.1, 0.3)))
     assert photos[photos["masks"] == "refined"][["KL ≤ ε", "same class"]].min(axis=None) == 1
+
+
+def test_cost_of_the_truth_is_that_of_the_runs():
+    runs = pd.read_csv(ROOT / "benchmarks" / "results" / "oracle.csv").set_index(["task", "pictures", "fill"])
+    table = rows(claim("Is the truth within reach?"))
+    assert [(task, pictures) for task, pictures, *_ in table] == [
+        (task, pictures) for task in ("toy", "shapes", "digits-count", "cifar10-count") for pictures in ("all", "right")
+    ]
+    for task, pictures, *told, with_zeros in table:
+        run = runs.loc[(task, pictures)]
+        measured = [*run.loc["learned placeholder", ["KL", "KL ≤ ε", "same class"]], run.loc["zeros", "KL"]]
+        assert all(map(agrees, [*told, with_zeros], measured)), (task, pictures)
 
 
 def test_the_counter_of_photographs_counts():

@@ -30,6 +30,10 @@ STRETCHED = (
     "--lr_schedule linear --warmup_steps 50 --weight_decay 0.05 --batch_size 128 --add_shift --add_rotation --add_stretch "
     "--augment_cells --num_epochs 4 --patience 100 --num_workers 0"
 )
+SHAPES = (
+    "train-base --dataset shapes --lr 8e-4 --lr_schedule linear --warmup_steps 50 --weight_decay 0.05 --batch_size 128 --add_flip "
+    "--add_shift --patience 100 --num_workers 0"
+)
 # part: arguments of `python -m vdm_utils`, stage after stage; a later stage of a base goes on from the one before. The run
 # folder is added, and for a DiffMask its base unless it names one. {runs}: where the stages of other parts are.
 TASKS = {
@@ -50,8 +54,11 @@ TASKS = {
         "base": [
             "train-base --dataset shapes --size tiny --mimetic_start --bf16 --lr 1e-3 --lr_schedule cosine --warmup_steps 200 "
             "--weight_decay 0.05 --batch_size 128 --num_epochs 12 --patience 100 --num_workers 0 --seed 7",
-            "train-base --dataset shapes --lr 8e-4 --lr_schedule linear --warmup_steps 50 --weight_decay 0.05 --batch_size 128 "
-            "--add_flip --add_shift --num_epochs 6 --patience 100 --num_workers 0 --seed 8",
+            f"{SHAPES} --num_epochs 6 --seed 8",
+            # taught to do without specks and regions; every seed draws other pictures
+            f"{SHAPES} --patch_masking 0.8 --num_epochs 6 --seed 9",
+            f"{SHAPES} --patch_masking 0.8 --num_epochs 10 --seed 10",
+            f"{SHAPES} --patch_masking 0.8 --num_epochs 10 --seed 11",
         ],
         "diffmask": ["train --recipe pictures --dataset shapes --max_steps 6000 --seed 0"],
         # the dial of notebook 05

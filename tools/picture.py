@@ -1,4 +1,4 @@
-"""Draw the README's picture: what the shipped masks keep of digits that nothing was trained on."""
+"""Draw the README's picture: what the shipped masks keep of drawn shapes that nothing was trained on, beside the truth."""
 
 from transformers.utils import logging as transformers_logging
 
@@ -8,12 +8,12 @@ from vdm_utils.notebook import REPOSITORY, checkpoint
 from vdm_utils.plots import explanation_grid, to_png
 
 transformers_logging.disable_progress_bar()
-diffmask = VisionDiffMask.from_pretrained(checkpoint("digits", "diffmask"))
-test = load_data("digits", "test")
-# the first test picture of each of eight digits
-labels = test.batch(range(len(test)))["labels"]
-pictures = test.batch([(labels == digit).nonzero()[0].item() for digit in range(8)])["pixel_values"]
-figure = explanation_grid(pictures, diffmask.explain(pictures), test.id2label)
+diffmask = VisionDiffMask.from_pretrained(checkpoint("shapes", "diffmask"))
+test = load_data("shapes", "test")
+# the first test picture of each of eight classes
+chosen = test.batch([(test.classes == label).nonzero()[0].item() for label in range(8)])
+pictures = chosen["pixel_values"]
+figure = explanation_grid(pictures, diffmask.explain(pictures), test.id2label, chosen["truth"])
 target = REPOSITORY / "data" / "pictures" / "explanations.png"
 target.parent.mkdir(exist_ok=True)
 target.write_bytes(to_png(figure))

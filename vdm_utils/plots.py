@@ -110,10 +110,12 @@ def picture_grid(
     titles: dict[str, Sequence[str]] | None = None,
     limit: int = 8,
     label: str = "0 dropped, 1 kept",
+    cells: int = 1,
 ) -> Figure:
     """A grid of panels, one row per name; a tensor [C, H, W] is drawn as a picture, [rows, cols] as a mask.
 
-    `titles` gives the panels of a row their titles. Masks share one colour bar, which `label` names.
+    `titles` gives the panels of a row their titles. Masks share one colour bar, which `label` names. Pictures and masks that
+    are grids of `cells` × `cells` get the borders of their cells drawn.
     """
     titles = titles or {}
     columns = min(limit, max(len(panels) for panels in rows.values()))
@@ -130,6 +132,9 @@ def picture_grid(
                 bar = show_mask(axis, panels[column], text)
             else:
                 show_image(axis, panels[column], text)
+            for border in (n / cells for n in range(1, cells)):
+                for ends in (((border, border), (0, 1)), ((0, 1), (border, border))):
+                    axis.plot(*ends, color="tab:orange", linewidth=0.8, transform=axis.transAxes)
         line[0].set_ylabel(name, fontsize=9)
     if bar is not None:
         side = figure.colorbar(bar, ax=axes, shrink=0.7, ticks=[0, 0.5, 1])
@@ -143,10 +148,12 @@ def explanation_grid(
     id2label: dict[int, str],
     truth: torch.Tensor | None = None,
     others: dict[str, torch.Tensor] | None = None,
+    cells: int = 1,
 ) -> Figure:
     """Input, mask (with kept % and KL), masked input (with the class before → after), and the truth when it is known.
 
     `others`: scores [B, rows, cols] of other methods by name; each picture's are scaled to 0..1, as they have no unit.
+    `cells`: as in `picture_grid`.
     """
     pixel_mask = shown.pixel_mask(*pixel_values.shape[-2:])
     rows = {"input": pixel_values, "mask": shown.mask, "masked input": masked_image(pixel_values, pixel_mask)}
@@ -155,7 +162,7 @@ def explanation_grid(
     if truth is not None:
         rows["truth"] = truth
     label = "P(z ≠ 0): 0 dropped, 1 kept" + ("; other methods: scaled to 0…1" if others else "")
-    return picture_grid(rows, titles, label=label)
+    return picture_grid(rows, titles, label=label, cells=cells)
 
 
 def to_png(figure: Figure, dpi: int = 100) -> bytes:
