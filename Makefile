@@ -51,12 +51,14 @@ checkpoints: setup  ## train again what ships in data/checkpoints, and draw the 
 benchmarks: setup  ## measure the README's tables again, into runs/; hours. Those of CIFAR-10 want its pictures
 	$(BIN)/python benchmarks/toy_recovery.py --seeds 10 --without all
 	for rows in 2 4 5; do $(BIN)/python benchmarks/toy_recovery.py --seeds 10 --grid_size $$rows || exit; done
-	for colour in 0 1 2 4 5; do $(BIN)/python benchmarks/toy_recovery.py --seeds 10 --class_idx $$colour || exit; done
-	for colour in 0 1 2 4 5; do $(BIN)/python benchmarks/toy_recovery.py --seeds 2 --grid_size 4 --class_idx $$colour || exit; done
+	for colour in 0 1 2 4 5; do \
+		$(BIN)/python benchmarks/toy_recovery.py --seeds 10 --class_idx $$colour && \
+		$(BIN)/python benchmarks/toy_recovery.py --seeds 2 --grid_size 4 --class_idx $$colour || exit; \
+	done
 	$(BIN)/python benchmarks/minimality.py data/checkpoints/toy/diffmask
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/oracle.py toy shapes digits-count --table runs/oracle.csv
-	$(BIN)/python benchmarks/deletion.py shapes --table runs/deletion_shapes.csv
+	$(BIN)/python benchmarks/deletion.py shapes --fills all --table runs/deletion_shapes.csv
 	$(BIN)/python benchmarks/refinement.py shapes --images 200 --table runs/refinement_shapes.csv
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/deletion.py cifar10 --refine 100 --fills "mean colour" "token removal" noise --table runs/deletion_cifar10.csv

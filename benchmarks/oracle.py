@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from shipped import promise
 from transformers.utils import logging as transformers_logging
 
 from vdm_utils.data import Pictures, load_data
 from vdm_utils.diffmask import VisionDiffMask
+from vdm_utils.explorers import with_mask
 from vdm_utils.metrics import on_grid
 from vdm_utils.notebook import checkpoint
 from vdm_utils.objective import kl_divergence
@@ -29,14 +31,21 @@ TASKS = {
 }
 
 
-def cost(diffmask: VisionDiffMask, pictures: Pictures, chosen: range) -> tuple[torch.Tensor, ...]:
-    """KL under the true mask, whether the class stays, and whether it was right: each [len(chosen)]."""
-    batch = pictures.batch(chosen)
-    states = diffmask.view.encode(batch["pixel_values"])
-    mask = (on_grid(batch["truth"], states.grid) > 0).float()
-    masked = diffmask.masked_logits(batch["pixel_values"], states, mask)
-    before = states.logits.argmax(-1)
-    return kl_divergence(states.logits, masked), before == masked.argmax(-1), before == batch["labels"]
+def true_mask(batch: dict[str, torch.Tensor], grid: tuple[int, int]) -> torch.Tensor:
+    """1 on every patch that has a true pixel, [B, rows, cols]."""
+    return (on_grid(batch["truth"], grid) > 0).float()
+
+
+def learn_placeholder(diffmask: VisionDiffMask, pictures: Pictures, steps: int) -> None:
+    """Fit the placeholder, and nothing else, to the true masks of `steps` batches of 32."""
+    optimizer = torch.optim.Adam([diffmask.placeholder], lr=1e-2, betas=(0.9, 0.95))
+    for step in range(steps):
+        batch = pictures.batch(range(32 * step, 32 * step + 32))
+        states = diffmask.view.encode(batch["pixel_values"])
+        masked = diffmask.masked_logits(batch["pixel_values"], states, true_mask(batch, states.grid))
+        optimizer.zero_grad()
+        kl_divergence(states.logits, masked).mean().backward()
+        optimizer.step()
 
 
 def main() -> None:
@@ -57,24 +66,19 @@ def main() -> None:
             torch.manual_seed(0)
             diffmask = VisionDiffMask.for_classifier(base, no_placeholder=fill == "zeros")
             if fill != "zeros":
-                optimizer = torch.optim.Adam([diffmask.placeholder], lr=1e-2, betas=(0.9, 0.95))
-                for step in range(wanted.steps):
-                    optimizer.zero_grad()
-                    cost(diffmask, train, range(32 * step, 32 * step + 32))[0].mean().backward()
-                    optimizer.step()
-            with torch.no_grad():
-                parts = [cost(diffmask, test, range(at, at + 50)) for at in range(0, wanted.images, 50)]
-            kl, same, right = map(torch.cat, zip(*parts))
-            for pictures, which in (("all", torch.ones_like(right)), ("right", right)):
-                share = {
-                    "KL": kl[which],
-                    "KL ≤ ε": (kl[which] <= wanted.eps).float(),
-                    "same class": same[which].float(),
-                }
-                rows.append(
-                    {"task": task, "fill": fill, "pictures": pictures} | {k: v.mean().item() for k, v in share.items()}
-                )
-                print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+                learn_placeholder(diffmask, train, wanted.steps)
+            facts = []
+            for at in range(0, wanted.images, 50):
+                batch = test.batch(range(at, at + 50))
+                shown = diffmask.explain(batch["pixel_values"], check=False)
+                shown = with_mask(diffmask, batch["pixel_values"], shown, true_mask(batch, diffmask.view.grid))
+                right = shown.logits.argmax(-1) == batch["labels"]
+                facts.append(promise(shown, wanted.eps).assign(right=right))
+            facts = pd.concat(facts)
+            for pictures, chosen in (("all", facts), ("right", facts[facts["right"]])):
+                means = chosen[["KL", "KL ≤ ε", "same class"]].mean()
+                rows.append({"task": task, "fill": fill, "pictures": pictures} | means.to_dict())
+                print(f"{task}, {fill}, {pictures}:", means.round(3).to_dict(), flush=True)
     if wanted.table:
         pd.DataFrame(rows).to_csv(wanted.table, float_format="%.4f", index=False)
 

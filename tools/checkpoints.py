@@ -123,6 +123,9 @@ def ship(folder: Path, target: Path) -> None:
     """Copy what is needed to load a model, with checksums; weights above 1 MB in half precision (they are loaded in single)."""
     target.mkdir(parents=True, exist_ok=True)
     for name in KEPT:
+        (target / name).unlink(
+            missing_ok=True
+        )  # a process that has these weights mapped would die if they changed in place
         shutil.copy(folder / name, target / name)
     weights = target / "model.safetensors"
     if weights.stat().st_size > 1e6:
