@@ -186,20 +186,27 @@ def test_a_convnext_is_fine_tuned_at_any_size(capsys, tmp_path):
 
 
 def test_a_base_can_be_trained_in_half_precision(capsys, tmp_path, monkeypatch):
-    kinds = []
-    forward = torch.nn.functional.linear
+    kinds, fused = [], []
+    forward, attention = torch.nn.functional.linear, torch.nn.functional.scaled_dot_product_attention
 
     def linear(*args):
         output = forward(*args)
         kinds.append(output.dtype)
         return output
 
+    def fused_attention(query, *args, **options):
+        fused.append(query.requires_grad)
+        return attention(query, *args, **options)
+
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused_attention)
     for name, line in (("half", "--bf16"), ("full", "")):
         words = ["train-base", *TINY, "--patch_size", 4, *split(line)]
-        kinds.clear()
+        kinds.clear(), fused.clear()
         assert run(capsys, *words, "--output_dir", tmp_path / name)[0] == 0
         assert (torch.bfloat16 in kinds) == (name == "half")
+        assert any(fused) == (name == "full")  # in half precision its backward pass is slow on a CPU
+        assert load_classifier(tmp_path / name).config._attn_implementation == "sdpa"
     assert {p.dtype for p in load_classifier(tmp_path / "half").parameters()} == {torch.float32}
 
 
