@@ -5,17 +5,20 @@ import importlib.util
 import json
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 import yaml
 
 from vdm_utils.__main__ import parse
+from vdm_utils.checkpoints import save_classifier
 from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.training import ClassifierSettings, DiffMaskSettings
-from vdm_utils.vit import fingerprint, load_classifier
+from vdm_utils.vit import build_classifier, fingerprint, load_classifier
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -117,8 +120,31 @@ def test_checkpoints_are_small_and_complete():
     assert {(path.parent.name, path.name) for path in CHECKPOINTS} == made  # each can be made again
     for stages in [lines for parts in tool.TASKS.values() for lines in parts.values()]:
         for job, *words in map(str.split, stages):
+            if job.startswith("tools/"):
+                assert (ROOT / job).is_file()
+                continue
             kind = ClassifierSettings if job == "train-base" else DiffMaskSettings
             parse(kind, job, words)
+
+
+def test_a_vit_learns_from_a_convolutional_teacher(tmp_path):
+    """`tools/distil.py` from end to end, on drawn pictures: another classifier comes out, whole and without a trace of school."""
+    torch.manual_seed(0)
+    start = build_classifier("vit", "tiny", image_size=32, patch_size=4, num_labels=10)
+    save_classifier(start, tmp_path / "start")
+    words = ["--from_pretrained", tmp_path / "start", "--output_dir", tmp_path / "end", "--dataset", "shapes"]
+    words += ["--teacher_steps", 2, "--steps", 4, "--halved", 2]
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "distil.py", *map(str, words)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert 0 <= json.loads(done.stdout)["eval_accuracy"] <= 1  # nothing else is printed there
+    end = load_classifier(tmp_path / "end")
+    changed = [name for name, weight in end.state_dict().items() if not torch.equal(weight, start.state_dict()[name])]
+    assert len(changed) == len(start.state_dict()) and all(
+        weight.isfinite().all() for weight in end.state_dict().values()
+    )
+    assert end.config._attn_implementation == "sdpa"
 
 
 # ---------------------------------------------------------------- nothing runs what it was given
