@@ -4,7 +4,8 @@ Patches of test images are replaced, by uniform noise as in the paper, in the or
 last; every number is the mean over 29 points of the curve and over the images, with the half-width of a 95 % bootstrap interval
 over images. With more fills the methods are compared picture by picture as well: a win is one that holds under every fill.
 Refined masks are made with the placeholder, so it is the other fills that judge them; what they keep, and at what KL, is
-printed too.
+printed too. A mask is a set and not an order; `--dial` makes one of the sets of every ε that ships for the task: their
+log-probabilities are added up.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from shipped import DATASETS, promise, shipped
 from transformers.utils import logging as transformers_logging
 
 from vdm_utils.attributions import attention_rollout, grad_cam
+from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.faithfulness import compare, paired_comparison, perturbation_areas
 from vdm_utils.metrics import FILLS
+from vdm_utils.notebook import checkpoint
 from vdm_utils.refine import refine
 
 MEASURES, DIRECTIONS = {"probability": "acc", "kl": "KL"}, {"important first": "first", "unimportant first": "last"}
@@ -30,6 +33,7 @@ def main() -> None:
     parser.add_argument("task", choices=DATASETS)
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--refine", type=int, default=0, help="steps of refinement for each image; 0: not measured")
+    parser.add_argument("--dial", action="store_true", help="also the order that all ε together give")
     parser.add_argument("--fills", nargs="+", default=["noise"], choices=[*FILLS, "all"])
     parser.add_argument("--table", type=Path, help="CSV to write; …_pictures.csv and …_paired.csv go beside it")
     wanted = parser.parse_args()
@@ -51,6 +55,10 @@ def main() -> None:
     facts = pd.concat(facts)
     print(facts.groupby("method")[["kept", "KL", "KL ≤ ε", "same class"]].mean().round(3).to_string(), flush=True)
     scores = {name: torch.cat([one.scores for one in explained]) for name, explained in shown.items()}
+    if wanted.dial:
+        others = [checkpoint(wanted.task, f"diffmask-eps-{eps}") for eps in (0.03, 0.3)]
+        every = [diffmask, *(VisionDiffMask.from_pretrained(other, base=diffmask.base) for other in others)]
+        scores["DiffMask, every ε"] = torch.cat([sum(one.explain(part).scores for one in every) for part in parts])
     scores["Grad-CAM"] = torch.cat([grad_cam(diffmask.base, part) for part in parts])
     scores["rollout"] = torch.cat([attention_rollout(diffmask.base, part) for part in parts])
     fills = FILLS if "all" in wanted.fills else wanted.fills
@@ -65,9 +73,13 @@ def main() -> None:
     print(f"fill: {fills[-1]}\n{wide.round(3).to_string()}")
     areas["method"] = areas["method"].astype(str)
     paired = pd.concat(
-        [paired_comparison(areas, ours, other).assign(other=other) for other in ("Grad-CAM", "rollout", "random")]
+        [
+            paired_comparison(areas, method, other).assign(method=method, other=other)
+            for method in ([ours, "DiffMask, every ε"] if wanted.dial else [ours])
+            for other in ("Grad-CAM", "rollout", "random")
+        ]
     )
-    print(f"{ours} against the others, positive where it is better\n{paired.round(4).to_string(index=False)}")
+    print(f"method against other, positive where it is better\n{paired.round(4).to_string(index=False)}")
     if wanted.table:
         wide.to_csv(wanted.table, float_format="%.4f")
         for part, rows in (("_pictures", facts), ("_paired", paired)):

@@ -34,9 +34,8 @@ SHAPES = (
     "train-base --dataset shapes --lr 8e-4 --lr_schedule linear --warmup_steps 50 --weight_decay 0.05 --batch_size 128 --add_flip "
     "--add_shift --patience 100 --num_workers 0"
 )
-# part: arguments of `python -m vdm_utils`, or of `python` for a program of its own, stage after stage; a later stage of a base
-# goes on from the one before. The run folder is added, and for a DiffMask its base unless it names one. {runs}: where the
-# stages of other parts are.
+# part: arguments of `python -m vdm_utils`, stage after stage; a later stage of a base goes on from the one before. The run
+# folder is added, and for a DiffMask its base unless it names one. {runs}: where the stages of other parts are.
 TASKS = {
     "toy": {
         "base": ["train-base --recipe quick --dataset toy --max_steps 600 --log_every_n_steps 200 --seed 0"],
@@ -97,8 +96,6 @@ TASKS = {
             # taught to do without specks and whole regions of a picture
             f"train-base --dataset CIFAR10 {PICTURES} --lr 5e-4 --lr_schedule linear --warmup_steps 50 --patch_masking 0.8 "
             "--num_epochs 6 --seed 10",
-            # and from a convolutional network
-            "tools/distil.py --seed 0",
         ],
         "diffmask": [
             "train --recipe pictures --dataset CIFAR10 --no_placeholder --shared_noise --max_steps 1500 --seed 0"
@@ -158,9 +155,8 @@ def main() -> None:
                 words = words.format(runs=wanted.runs)
                 if source and "--from_pretrained" not in words:
                     words += f" --from_pretrained {os.path.relpath(source)}"
-                words = words if words.startswith("tools/") else f"-m vdm_utils {words}"
-                commands.append(f"python {words}")
-                command = [sys.executable, *shlex.split(words), "--output_dir", str(folder)]
+                commands.append(f"python -m vdm_utils {words}")
+                command = [sys.executable, "-m", "vdm_utils", *shlex.split(words), "--output_dir", str(folder)]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 source = folder if part == "base" else source
             ship(folder, target)
