@@ -1,6 +1,7 @@
 """What README.md says is kept by tests (`promises.toml` says which), and its numbers are those of files and shipped models."""
 
 import ast
+import importlib
 import re
 import shlex
 import tomllib
@@ -215,6 +216,17 @@ def test_rules_for_half_of_the_patches_cost_what_the_readme_says():
     assert (
         half["cifar10"]["KL"].idxmin() == "every other patch" and half["shapes"]["KL"].idxmin() == "Attention rollout"
     )
+
+
+def test_every_other_patch_is_a_chessboard_and_the_centre_comes_first(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    orders = importlib.import_module("orders").fixed_orders(3, 4, 6)
+    row, col = torch.arange(4)[:, None], torch.arange(6)
+    assert all(((half > 0.75).int() == (row + col) % 2).all() for half in orders["every other patch"])
+    assert not torch.equal(*orders["every other patch"][:2])  # of equals, another one first in every picture
+    best = orders["from the centre out"].flatten(1).topk(4).indices.sort().values.tolist()
+    assert best == [[8, 9, 14, 15]] * 3
+    assert orders["random"].unique().numel() == 3 * 4 * 6
 
 
 def test_gates_for_a_classifier_that_forgot_keep_nothing_as_the_readme_says():
