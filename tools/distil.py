@@ -1,12 +1,13 @@
-"""The last school of the CIFAR-10 classifier: it learns from a convolutional network, answer by answer and patch by patch.
+"""A further school for the CIFAR-10 classifier: it learns from a convolutional network, answer by answer and patch by patch.
 
     python tools/distil.py --from_pretrained data/checkpoints/cifar10/base --output_dir runs/distilled
 
 A ViT has to discover that neighbouring pixels belong together; a convolutional network is built on it, and gets further in the
 same time. It is trained first, on labels alone (87 % of the validation pictures in 15 minutes on two CPU cores). Then the ViT is
 taught its answers (Hinton et al. 2015, arXiv 1503.02531) and, from the patches of two of its layers, its features: both have 8×8
-places (locality guidance, Li et al. 2022, arXiv 2207.10026). In the second half whole regions of the pictures are blanked for
-the ViT, not for its teacher. The teacher is not kept.
+places (locality guidance, Li et al. 2022, arXiv 2207.10026). In the later steps whole regions of the pictures are blanked for
+the ViT, not for its teacher. The teacher is not kept. What ships did not go
+to this school.
 """
 
 from __future__ import annotations
