@@ -355,8 +355,8 @@ def listed(folder):
 
 
 def test_every_job_leaves_checksums(base_run, diffmask_run, tmp_path):
-    line = f"eval-base --from_pretrained {base_run} --dataset digits --output_dir {tmp_path / 'evaluated'}"
-    assert main(line.split()) == 0
+    evaluated = ["--output_dir", str(tmp_path / "evaluated")]  # no line to be split: a path may have a space in it
+    assert main(["eval-base", "--from_pretrained", str(base_run), "--dataset", "digits", *evaluated]) == 0
     for folder in (
         base_run,
         diffmask_run,
