@@ -6,8 +6,7 @@ A ViT has to discover that neighbouring pixels belong together; a convolutional 
 same time. It is trained first, on labels alone (87 % of the validation pictures in 15 minutes on two CPU cores). Then the ViT is
 taught its answers (Hinton et al. 2015, arXiv 1503.02531) and, from the patches of two of its layers, its features: both have 8×8
 places (locality guidance, Li et al. 2022, arXiv 2207.10026). In the later steps whole regions of the pictures are blanked for
-the ViT, not for its teacher. The teacher is not kept. What ships did not go
-to this school.
+the ViT, not for its teacher. The teacher is not kept. What ships did not go to this school.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from vdm_utils.checkpoints import save_classifier
 from vdm_utils.data import Pictures, load_data
-from vdm_utils.training import evaluate_classifier
+from vdm_utils.training import evaluate_classifier, regions
 from vdm_utils.vit import PatchView, load_classifier
 
 BATCH = 128
@@ -112,13 +111,6 @@ class MissingPatches:
         return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])), *inputs[1:]
 
 
-def regions(grid: tuple[int, int], coarser: int, share: torch.Tensor) -> torch.Tensor:
-    """True on a `share` [B, 1] of the patches, in regions: the lowest of noise on a grid `coarser` times coarser. [B, N]"""
-    noise = torch.rand(len(share), 1, max(2, grid[0] // coarser), max(2, grid[1] // coarser))
-    noise = F.interpolate(noise, size=grid, mode="bicubic").flatten(1)
-    return noise.argsort(1).argsort(1) < share * noise.shape[1]
-
-
 def teach(model: nn.Module, teacher: Teacher, data: Pictures, steps: int, halved: int, peak: float, seed: int) -> None:
     """Train `model` in place; in the first `halved` steps it sees half of the patches, which costs half as much."""
     torch.manual_seed(seed)
@@ -146,7 +138,7 @@ def teach(model: nn.Module, teacher: Teacher, data: Pictures, steps: int, halved
             features = features.gather(1, missing.kept.unsqueeze(-1).expand(-1, -1, wide))
         else:  # 0–80 % of three pictures in five
             share = 0.8 * torch.rand(BATCH, 1) * (torch.rand(BATCH, 1) < 0.6)
-            missing.blank = regions(grid, (2, 4)[step % 2], share)
+            missing.blank = regions(share, grid, (2, 4)[step % 2])
         with torch.autocast("cpu", torch.bfloat16):
             output = model(pixel_values=batch["pixel_values"], output_hidden_states=True)
             guesses = [guide(output.hidden_states[int(k)][:, 1:]) for k, guide in guides.items()]

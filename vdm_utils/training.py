@@ -90,6 +90,14 @@ def dropped_patches(model: PreTrainedModel, fraction: float) -> Iterator[None]:
         handle.remove()
 
 
+def regions(share: torch.Tensor, grid: tuple[int, int], coarser: int) -> torch.Tensor:
+    """True on a `share` [B, 1] of the patches of every picture, [B, N]: the lowest of noise on a grid `coarser` times coarser."""
+    (rows, cols), device = grid, share.device
+    noise = torch.rand(len(share), 1, max(2, rows // coarser), max(2, cols // coarser), device=device)
+    noise = nn.functional.interpolate(noise, size=grid, mode="bicubic").flatten(1)
+    return noise.argsort(1).argsort(1) < share * rows * cols
+
+
 @contextmanager
 def masked_patches(model: PreTrainedModel, most: float) -> Iterator[None]:
     """While training, blank (zero) the embeddings of a random share of the patches, drawn per image from 0 to `most`.
@@ -107,11 +115,8 @@ def masked_patches(model: PreTrainedModel, most: float) -> Iterator[None]:
     def blank(module: nn.Module, inputs, output: torch.Tensor) -> torch.Tensor:
         if not module.training:
             return output
-        coarser = 2 ** int(torch.randint(3, ()))
-        noise = torch.rand(len(output), 1, max(2, rows // coarser), max(2, cols // coarser), device=output.device)
-        noise = nn.functional.interpolate(noise, size=(rows, cols), mode="bicubic").flatten(1)  # [B, N]
         share = most * torch.rand(len(output), 1, device=output.device)
-        stays = noise.argsort(1).argsort(1) >= share * rows * cols  # [B, N]
+        stays = ~regions(share, (rows, cols), 2 ** int(torch.randint(3, ())))  # [B, N]
         # a projection puts out [B, N, d], or [B, d, rows, cols] where it is a bare convolution
         return output * (stays.unsqueeze(-1) if output.dim() == 3 else stays.view(-1, 1, rows, cols))
 
