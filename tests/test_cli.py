@@ -281,6 +281,13 @@ def test_from_nothing_to_an_explanation(capsys, tmp_path, monkeypatch):
     code, _, error = run(capsys, *words, "--no_placeholder", *still[6:], "--output_dir", "no")
     assert code == 2 and "--start_from" in error and "mask" in error and not (tmp_path / "no").exists()
 
+    assert run(capsys, *words, "--grey_start", "--lr_placeholder", 0, "--output_dir", "grey")[0] == 0
+    found = VisionDiffMask.from_pretrained("grey")
+    empty = found.view.encode(torch.zeros(1, 3, 12, 12)).embeddings[0, 0]
+    torch.testing.assert_close(found.placeholder.detach(), empty)
+    code, _, error = run(capsys, *words, "--grey_start", "--no_placeholder", "--output_dir", "no")
+    assert code == 2 and "no placeholder to start" in error and not (tmp_path / "no").exists()
+
 
 def test_a_base_can_be_fine_tuned_for_another_task(capsys, base_run, tmp_path):
     words = split(

@@ -186,6 +186,21 @@ def test_without_a_placeholder_patches_become_zero(base, pictures):
         assert torch.equal(diffmask.masked_logits(pictures, states, half), diffmask.view.logits(pictures, kept))
 
 
+def test_from_grey_nothing_kept_is_an_empty_picture(base, pictures):
+    diffmask = VisionDiffMask.for_classifier(base)
+    diffmask.start_grey()
+    states = diffmask.view.encode(pictures)
+    with torch.no_grad():
+        nothing, empty = (
+            diffmask.masked_logits(pictures, states, torch.zeros(8, 9)),
+            base(torch.zeros_like(pictures)).logits,
+        )
+    torch.testing.assert_close(nothing, empty)
+    assert diffmask.placeholder.requires_grad  # it is only where it starts
+    with pytest.raises(VDMError, match="no placeholder to start"):
+        VisionDiffMask.for_classifier(base, no_placeholder=True).start_grey()
+
+
 def test_a_new_diffmask_starts_as_configured(base):
     diffmask = VisionDiffMask.for_classifier(base, alpha=7.0)
     assert diffmask.config.num_gates == len(diffmask.gates) == 6 and diffmask.config.hidden_size == 64

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import itertools
 import json
 import re
 import subprocess
@@ -16,6 +17,7 @@ import yaml
 
 from vdm_utils.__main__ import parse
 from vdm_utils.checkpoints import save_classifier
+from vdm_utils.data import load_data
 from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.training import ClassifierSettings, DiffMaskSettings
 from vdm_utils.vit import build_classifier, fingerprint, load_classifier
@@ -111,37 +113,74 @@ def test_checkpoints_are_what_their_cards_say(folder):
         assert diffmask.config.base_name_or_path.endswith("base")
 
 
-def test_checkpoints_are_small_and_complete():
-    assert sum(file.stat().st_size for folder in CHECKPOINTS for file in folder.iterdir()) < 12e6
-    spec = importlib.util.spec_from_file_location("checkpoints", ROOT / "tools" / "checkpoints.py")
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
+    return tool
+
+
+def test_checkpoints_are_small_and_complete():
+    assert sum(file.stat().st_size for folder in CHECKPOINTS for file in folder.iterdir()) < 12e6
+    tool, distil = load_tool("checkpoints"), load_tool("distil")
     made = {(task, part) for task, parts in tool.TASKS.items() for part in parts}
     assert {(path.parent.name, path.name) for path in CHECKPOINTS} == made  # each can be made again
     for stages in [lines for parts in tool.TASKS.values() for lines in parts.values()]:
         for job, *words in map(str.split, stages):
+            if job == "distil":
+                distil.parse(
+                    [*words, "--output_dir", "", *([] if "--from_pretrained" in words else ["--from_pretrained", ""])]
+                )
+                continue
             kind = ClassifierSettings if job == "train-base" else DiffMaskSettings
             parse(kind, job, words)
 
 
-def test_a_vit_learns_from_a_convolutional_teacher(tmp_path):
+@pytest.mark.parametrize("counting", [[], ["--grid_size", 2, "--class_idx", 3]], ids=["pictures", "grids"])
+def test_a_vit_learns_from_a_convolutional_teacher(tmp_path, counting):
     """`tools/distil.py` from end to end, on drawn pictures: another classifier comes out, whole and without a trace of school."""
     torch.manual_seed(0)
     start = build_classifier("vit", "tiny", image_size=32, patch_size=4, num_labels=10)
     save_classifier(start, tmp_path / "start")
     words = ["--from_pretrained", tmp_path / "start", "--output_dir", tmp_path / "end", "--dataset", "shapes"]
-    words += ["--teacher_steps", 2, "--steps", 4, "--halved", 2]
+    words += ["--teacher_steps", 2, "--steps", 4, "--halved", 2, *counting]
     done = subprocess.run(
         [sys.executable, ROOT / "tools" / "distil.py", *map(str, words)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert 0 <= json.loads(done.stdout)["eval_accuracy"] <= 1  # nothing else is printed there
     end = load_classifier(tmp_path / "end")
-    changed = [name for name, weight in end.state_dict().items() if not torch.equal(weight, start.state_dict()[name])]
-    assert len(changed) == len(start.state_dict()) and all(
-        weight.isfinite().all() for weight in end.state_dict().values()
-    )
+    weights, before = end.state_dict(), start.state_dict()
+    same = [name for name in before if weights[name].shape == before[name].shape and weights[name].equal(before[name])]
+    assert not same and all(weight.isfinite().all() for weight in weights.values())
     assert end.config._attn_implementation == "sdpa"
+    assert (end.config.image_size, end.config.num_labels) == ((64, 5) if counting else (32, 10))
+    assert not counting or end.config.id2label == load_data("shapes_QA", "test", grid_size=2, class_idx=3).id2label
+
+
+def test_the_teacher_of_counters_sees_cells_and_answers_in_counts():
+    distil = load_tool("distil")
+    grids = load_data("shapes_QA", "test", grid_size=2, class_idx=3)
+    batch = grids.batch(range(5))
+    cells = distil.cut_into_cells(batch["pixel_values"], 2)
+    assert torch.equal(cells[4 * 3 + 2], batch["pixel_values"][3, :, 32:, :32])  # row by row
+    # pixels, taken for features of patches of one pixel, come back where they were, standardised
+    back = distil.put_together(cells, 2)
+    whole = batch["pixel_values"].flatten(2).transpose(1, 2)
+    torch.testing.assert_close(back, (whole - whole.mean((0, 1))) / (whole.std((0, 1)) + 1e-3))
+    chance = torch.rand(7, 4, generator=torch.Generator().manual_seed(0))
+    by_hand = torch.zeros(7, 5)
+    for outcome in itertools.product((0, 1), repeat=4):
+        each = torch.where(torch.tensor(outcome, dtype=torch.bool), chance, 1 - chance)
+        by_hand[:, sum(outcome)] += each.prod(1)
+    torch.testing.assert_close(distil.count_probabilities(chance), by_hand)
+    # the reader of cells averages over the patches of its own cell
+    reader = distil.CellReader(3, (4, 4), 2)
+    states = torch.randn(1, 4, 4, 3)
+    moved = states.clone()
+    moved[0, :2, 2:] += torch.randn(3)
+    change = (reader(moved.flatten(1, 2)) - reader(states.flatten(1, 2)))[0] != 0
+    assert change.tolist() == [False, True, False, False]
 
 
 # ---------------------------------------------------------------- nothing runs what it was given

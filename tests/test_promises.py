@@ -262,8 +262,18 @@ def test_the_counter_of_photographs_counts():
     except VDMError as error:
         pytest.skip(f"CIFAR-10 is not here: {error}")
     accuracy = evaluate_classifier(load_classifier(checkpoint("cifar10-count", "base")), Subset(grids, range(400)))
-    (told,) = re.findall(r"exact on ([\d.]+) %", flat(claim("Counting photographs")))
+    text = flat(claim("Counting photographs"))
+    (told,) = re.findall(r"exact on ([\d.]+) %", text)
     assert abs(accuracy["accuracy"] - float(told) / 100) < 0.08  # three standard errors of 400 grids
+    diffmask, batch = VisionDiffMask.from_pretrained(checkpoint("cifar10-count", "diffmask")), grids.batch(range(200))
+    shown = diffmask.explain(batch["pixel_values"], check=False)
+    right = shown.logits.argmax(-1) == batch["labels"]
+    some = right & (batch["labels"] > 0)
+    (told,) = re.findall(r"([\d.]+) % of the masks' mass", text)
+    assert abs(mass_accuracy(shown.mask[some], batch["truth"][some]).nanmean() - float(told) / 100) < 0.05
+    kept = [shown.kept[right & (batch["labels"] == n)].mean() for n in range(5)]
+    told = re.search(r"keep (\d+), (\d+), (\d+), (\d+) and (\d+) % for 0 to", text).groups()
+    assert all(abs(found - float(share) / 100) < 0.1 for found, share in zip(kept, told, strict=True))
 
 
 def test_truth_table_is_that_of_the_notebook():

@@ -34,8 +34,9 @@ SHAPES = (
     "train-base --dataset shapes --lr 8e-4 --lr_schedule linear --warmup_steps 50 --weight_decay 0.05 --batch_size 128 --add_flip "
     "--add_shift --patience 100 --num_workers 0"
 )
-# part: arguments of `python -m vdm_utils`, stage after stage; a later stage of a base goes on from the one before. The run
-# folder is added, and for a DiffMask its base unless it names one. {runs}: where the stages of other parts are.
+# part: arguments of `python -m vdm_utils`, or of tools/distil.py after the word "distil", stage after stage; a later stage of a
+# base goes on from the one before. The run folder is added, and for a DiffMask its base unless it names one. {runs}: where the
+# stages of other parts are.
 TASKS = {
     "toy": {
         "base": ["train-base --recipe quick --dataset toy --max_steps 600 --log_every_n_steps 200 --seed 0"],
@@ -102,17 +103,16 @@ TASKS = {
         ],
     },
     "cifar10-count": {
-        # the classifier of single pictures, its positions repeated in every cell; no DiffMask of it is worth shipping yet
+        # taught by a convolutional network, first single pictures, then, with its positions repeated in every cell, to count
         "base": [
-            f"train-base --dataset CIFAR10_QA --grid_size 2 --class_idx 1 --image_size 64 {PICTURES} --augment_cells "
-            "--batch_size 32 --lr 4e-4 --lr_schedule linear --warmup_steps 40 --max_steps 600 --log_every_n_steps 60 --seed 0 "
-            "--from_pretrained data/checkpoints/cifar10/base",
-            f"train-base --dataset CIFAR10_QA --grid_size 2 --class_idx 1 --image_size 64 {PICTURES} --augment_cells "
-            "--batch_size 32 --lr 3e-4 --lr_schedule linear --warmup_steps 20 --max_steps 480 --log_every_n_steps 120 --seed 1",
-            # taught to count what is left when cells are empty
-            f"train-base --dataset CIFAR10_QA --grid_size 2 --class_idx 1 --image_size 64 {PICTURES} --augment_cells "
-            "--batch_size 32 --lr 4e-4 --lr_schedule linear --warmup_steps 40 --max_steps 1000 --log_every_n_steps 200 --seed 2 "
-            "--empty_cells 0.5",
+            "distil --dataset CIFAR10 --from_pretrained data/checkpoints/cifar10/base",
+            "distil --dataset CIFAR10 --grid_size 2 --class_idx 1 --steps 2800 --lr 5e-4",
+        ],
+        # its truth costs more than 0.1; one gate for each of the four pictures first, and grey cells, which it knows
+        "diffmask": [
+            "train --recipe pictures --dataset CIFAR10_QA --grid_size 2 --class_idx 1 --grey_start --lr_placeholder 1e-5 "
+            "--block_size 8 --block_share 0.7 --batch_size 16 --eps 0.3 --alpha 1.6 --alpha_min 1.3 --last_layer_share 0.9 "
+            "--max_steps 1000 --seed 0"
         ],
     },
 }
@@ -120,7 +120,7 @@ KEPT = ("config.json", "model.safetensors")
 
 
 def ship(folder: Path, target: Path) -> None:
-    """Copy what is needed to load a model, with checksums; weights above 1 MB in half precision (they are loaded in single)."""
+    """Copy what is needed to load a model, with checksums; weights above ½ MB in half precision (they are loaded in single)."""
     target.mkdir(parents=True, exist_ok=True)
     for name in KEPT:
         (target / name).unlink(
@@ -128,7 +128,7 @@ def ship(folder: Path, target: Path) -> None:
         )  # a process that has these weights mapped would die if they changed in place
         shutil.copy(folder / name, target / name)
     weights = target / "model.safetensors"
-    if weights.stat().st_size > 1e6:
+    if weights.stat().st_size > 5e5:
         save_file({k: v.half() for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
     config = json.loads((target / "config.json").read_text())
     if "base_name_or_path" in config:  # the base stands beside it wherever the two folders go
@@ -155,8 +155,10 @@ def main() -> None:
                 words = words.format(runs=wanted.runs)
                 if source and "--from_pretrained" not in words:
                     words += f" --from_pretrained {os.path.relpath(source)}"
-                commands.append(f"python -m vdm_utils {words}")
-                command = [sys.executable, "-m", "vdm_utils", *shlex.split(words), "--output_dir", str(folder)]
+                program = "tools/distil.py" if words.startswith("distil ") else "-m vdm_utils"
+                words = words.removeprefix("distil ")
+                commands.append(f"python {program} {words}")
+                command = [sys.executable, *program.split(), *shlex.split(words), "--output_dir", str(folder)]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 source = folder if part == "base" else source
             ship(folder, target)

@@ -1,12 +1,18 @@
-"""A further school for the CIFAR-10 classifier: it learns from a convolutional network, answer by answer and patch by patch.
+"""A school for the CIFAR-10 classifiers: they learn from a convolutional network, answer by answer and patch by patch.
 
     python tools/distil.py --from_pretrained data/checkpoints/cifar10/base --output_dir runs/distilled
+    python tools/distil.py --from_pretrained runs/distilled --output_dir runs/counter --grid_size 2 --class_idx 1
 
 A ViT has to discover that neighbouring pixels belong together; a convolutional network is built on it, and gets further in the
 same time. It is trained first, on labels alone (87 % of the validation pictures in 15 minutes on two CPU cores). Then the ViT is
 taught its answers (Hinton et al. 2015, arXiv 1503.02531) and, from the patches of two of its layers, its features: both have 8×8
 places (locality guidance, Li et al. 2022, arXiv 2207.10026). In the later steps whole regions of the pictures are blanked for
-the ViT, not for its teacher. The teacher is not kept. What ships did not go to this school.
+the ViT, not for its teacher. The teacher is not kept.
+
+With `--grid_size` the ViT learns to count the pictures of one class in a grid. The teacher looks at every cell by itself, and
+what it thinks of each makes a distribution of counts; the tokens of a cell learn to tell whether theirs is counted. A classifier
+of single pictures becomes a counter, its positions repeated in every cell. Nothing is blanked here but whole cells: a counter
+that could do without any patch would have no use for one cell more than for another.
 """
 
 from __future__ import annotations
@@ -25,7 +31,7 @@ from torch.utils.data import DataLoader
 from vdm_utils.checkpoints import save_classifier
 from vdm_utils.data import Pictures, load_data
 from vdm_utils.training import evaluate_classifier, regions
-from vdm_utils.vit import PatchView, load_classifier
+from vdm_utils.vit import PatchView, load_classifier, with_image_size
 
 BATCH = 128
 
@@ -60,11 +66,11 @@ class Teacher(nn.Module):
         return self.head(features.mean((2, 3))), features
 
 
-def batches(data: Pictures, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+def batches(data: Pictures, seed: int, size: int = BATCH) -> Iterator[dict[str, torch.Tensor]]:
     """Shuffled batches without end; every epoch is augmented anew."""
     generator = torch.Generator().manual_seed(seed)
     for data.epoch in itertools.count():
-        yield from DataLoader(data, BATCH, shuffle=True, drop_last=True, generator=generator)
+        yield from DataLoader(data, size, shuffle=True, drop_last=True, generator=generator)
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
@@ -111,55 +117,105 @@ class MissingPatches:
         return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])), *inputs[1:]
 
 
-def teach(model: nn.Module, teacher: Teacher, data: Pictures, steps: int, halved: int, peak: float, seed: int) -> None:
+def cut_into_cells(pixel_values: torch.Tensor, side: int) -> torch.Tensor:
+    """Grids [B, C, H, W] -> their cells [B·side², C, H/side, W/side], row by row."""
+    cells = pixel_values.unflatten(3, (side, -1)).unflatten(2, (side, -1))  # [B, C, side, h, side, w]
+    return cells.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+
+
+def put_together(features: torch.Tensor, side: int) -> torch.Tensor:
+    """Features of the cells [B·side², d, rows, cols] -> of the patches of their grids [B, N, d], standardised over all."""
+    plane = features.unflatten(0, (-1, side, side)).permute(0, 1, 4, 2, 5, 3)  # [B, side, rows, side, cols, d]
+    patches = plane.flatten(1, 4)
+    return (patches - patches.mean((0, 1))) / (patches.std((0, 1)) + 1e-3)
+
+
+def count_probabilities(counted: torch.Tensor) -> torch.Tensor:
+    """Independent probabilities [B, N] -> those of how many are true, [B, N + 1] (the Poisson binomial distribution)."""
+    counts = torch.ones_like(counted[:, :1])
+    for one in counted.unsqueeze(-1).unbind(1):  # [B, 1]
+        counts = F.pad(counts, (0, 1)) * (1 - one) + F.pad(counts, (1, 0)) * one
+    return counts
+
+
+class CellReader(nn.Module):
+    """Hidden states of the patches [B, N, d] of side × side cells -> the logit that a cell is counted, [B, side²]."""
+
+    def __init__(self, width: int, grid: tuple[int, int], side: int):
+        super().__init__()
+        self.grid, self.side = grid, side
+        self.read = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        plane = patches.transpose(1, 2).unflatten(2, self.grid)  # [B, d, rows, cols]
+        cells = F.adaptive_avg_pool2d(plane, self.side).flatten(2).transpose(1, 2)
+        return self.read(cells).squeeze(-1)
+
+
+def teach(
+    model: nn.Module, teacher: Teacher, data: Pictures, steps: int, halved: int, peak: float, seed: int, class_idx: int
+) -> None:
     """Train `model` in place; in the first `halved` steps it sees half of the patches, which costs half as much."""
     torch.manual_seed(seed)
     model.train().requires_grad_(True)
-    model.set_attn_implementation("eager")  # see vdm_utils.training.plain_attention
-    missing, grid, width = MissingPatches(model), PatchView(model).grid, model.config.hidden_size
+    side, view = getattr(data, "grid_size", 1), PatchView(model)
+    if side == 1:
+        model.set_attn_implementation("eager")  # faster where there are few patches: vdm_utils.training.plain_attention
+    missing, grid, width = MissingPatches(model), view.grid, model.config.hidden_size
     depth, count, wide = model.config.num_hidden_layers, grid[0] * grid[1], teacher.head.in_features
     guides = nn.ModuleDict(
         {str(k): nn.Sequential(nn.LayerNorm(width), nn.Linear(width, wide)) for k in (depth // 2, depth)}
     )
+    reader = CellReader(width, grid, side)
     matrices = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1] + list(guides.parameters())
+    others = [p for p in model.parameters() if p.dim() <= 1] + [*guides.parameters(), *reader.parameters()]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-    for step, batch in enumerate(itertools.islice(batches(data, seed), steps)):
+    for step, batch in enumerate(itertools.islice(batches(data, seed, BATCH // side**2), steps)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, 100, peak)
+        cells = cut_into_cells(batch["pixel_values"], side)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            wanted, features = teacher(batch["pixel_values"])
-        features = features.float().flatten(2).transpose(1, 2)  # [B, N, wide]
-        features = (features - features.mean((0, 1))) / (features.std((0, 1)) + 1e-3)
+            wanted, features = teacher(cells)
+        wanted, features = wanted.float(), put_together(features.float(), side)  # [B, N, wide]
         missing.kept = missing.blank = None
-        if step < halved:
+        if side == 1 and step < halved:
             missing.kept = torch.rand(BATCH, count).argsort(1)[:, : count // 2]
             features = features.gather(1, missing.kept.unsqueeze(-1).expand(-1, -1, wide))
-        else:  # 0–80 % of three pictures in five
+        elif side == 1:  # 0–80 % of three pictures in five
             share = 0.8 * torch.rand(BATCH, 1) * (torch.rand(BATCH, 1) < 0.6)
             missing.blank = regions(share, grid, (2, 4)[step % 2])
         with torch.autocast("cpu", torch.bfloat16):
             output = model(pixel_values=batch["pixel_values"], output_hidden_states=True)
             guesses = [guide(output.hidden_states[int(k)][:, 1:]) for k, guide in guides.items()]
-        soft = [(logits.float() / 2).log_softmax(1) for logits in (output.logits, wanted)]
-        answers = 4 * F.kl_div(*soft, log_target=True, reduction="batchmean")
-        labels = F.cross_entropy(output.logits.float(), batch["labels"])
+            read = reader(output.hidden_states[depth - 1][:, 1:]) if side > 1 else None
+        logits, labels = output.logits.float(), batch["labels"]
+        if side == 1:
+            soft = [(each / 2).log_softmax(1) for each in (logits, wanted)]
+            answers = 4 * F.kl_div(*soft, log_target=True, reduction="batchmean")
+            loss = 0.7 * answers + 0.3 * F.cross_entropy(logits, labels)
+        else:
+            # half of what the teacher thinks, half of what is true; an empty cell, all of one colour, is not counted
+            counted = (wanted.softmax(1)[:, class_idx].view(-1, side**2) + batch["truth"].flatten(1)) / 2
+            counted = counted.masked_fill(cells.flatten(1).std(1).view(-1, side**2) < 1e-4, 0.0)
+            answers = F.cross_entropy(logits, count_probabilities(counted))
+            loss = 0.5 * answers + 0.5 * F.cross_entropy(logits, labels)
+            loss = loss + F.binary_cross_entropy_with_logits(read.float(), counted)
         places = torch.stack([F.mse_loss(guess.float(), features) for guess in guesses]).mean()
-        loss = 0.7 * answers + 0.3 * labels + max(0.05, 1 - step / steps) * places
+        loss = loss + max(0.05, 1 - step / steps) * places
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 50 == 0:
-            numbers = ", ".join(f"{x.item():.3f}" for x in (answers, labels, places))
-            print(f"step {step} of {steps}: answers, labels, places {numbers}", file=sys.stderr)
+            numbers = ", ".join(f"{x.item():.3f}" for x in (answers, places))
+            print(f"step {step} of {steps}: answers, places {numbers}", file=sys.stderr)
     missing.kept = missing.blank = None
     model.set_attn_implementation("sdpa")
     model.eval()
 
 
-def main() -> None:
+def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from_pretrained", required=True, help="the ViT, for pictures of 32×32 and patches of 4×4")
     parser.add_argument("--output_dir", required=True)
@@ -168,20 +224,35 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--halved", type=int, default=2000, help="steps in which the ViT sees half of the patches")
     parser.add_argument("--lr", type=float, default=8e-4)
+    parser.add_argument("--grid_size", type=int, default=1, help="cells per side of the grids to count in")
+    parser.add_argument("--class_idx", type=int, default=1, help="the class that is counted")
     parser.add_argument("--seed", type=int, default=0)
-    wanted = parser.parse_args()
-    train, validation = (
-        load_data(wanted.dataset, "train", augment=["flip", "shift"]),
-        load_data(wanted.dataset, "validation"),
-    )
-    teacher = train_teacher(train, wanted.teacher_steps, wanted.seed)
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    wanted = parse(sys.argv[1:])
+    names, side = ("flip", "shift"), wanted.grid_size
+    pictures, validation = (load_data(wanted.dataset, split, augment=names) for split in ("train", "validation"))
+    teacher = train_teacher(pictures, wanted.teacher_steps, wanted.seed)
     with torch.no_grad():
         right = [
             (teacher(b["pixel_values"])[0].argmax(1) == b["labels"]).float() for b in DataLoader(validation, BATCH)
         ]
     print(f"the teacher is right on {torch.cat(right).mean():.1%} of the validation pictures", file=sys.stderr)
-    model = load_classifier(wanted.from_pretrained)
-    teach(model, teacher, train, wanted.steps, wanted.halved, wanted.lr, wanted.seed)
+    model, train = load_classifier(wanted.from_pretrained), pictures
+    if side > 1:
+        shape = {"grid_size": side, "class_idx": wanted.class_idx, "augment": names, "augment_cells": True}
+        train, validation = (
+            load_data(f"{wanted.dataset}_QA", split, empty_cells=0.5, **shape) for split in ("train", "validation")
+        )
+        torch.manual_seed(wanted.seed)
+        model = load_classifier(wanted.from_pretrained, num_labels=train.num_labels)
+        if PatchView(model).image_size != train.image_size:
+            model = with_image_size(model, train.image_size, side)
+        model.config.id2label = dict(train.id2label)
+        model.config.label2id = {name: label for label, name in train.id2label.items()}
+    teach(model, teacher, train, wanted.steps, wanted.halved, wanted.lr, wanted.seed, wanted.class_idx)
     save_classifier(model, wanted.output_dir)
     print(json.dumps({f"eval_{key}": value for key, value in evaluate_classifier(model, validation).items()}))
 

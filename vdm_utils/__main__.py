@@ -183,6 +183,8 @@ def train(words: list[str]) -> dict:
     model = load_classifier(chosen.from_pretrained)
     set_seed(chosen.seed)
     diffmask = VisionDiffMask.for_classifier(model, **chosen.config())
+    if chosen.grey_start:
+        diffmask.start_grey()
     if chosen.start_from:
         load_weights(diffmask, VisionDiffMask.from_pretrained(chosen.start_from), chosen.start_from, "--start_from")
     train, validation = datasets(chosen, image_size=diffmask.view.image_size[0])

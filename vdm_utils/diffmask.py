@@ -174,6 +174,18 @@ class VisionDiffMask(PreTrainedModel):
         self.config.base_fingerprint = mark
         self._view = view
 
+    @torch.no_grad()
+    def start_grey(self) -> None:
+        """Let the placeholder begin as what the classifier sees in an empty, mid-grey patch, instead of as noise.
+
+        A classifier that was shown empty cells knows what that means; from noise, the placeholder may learn to mean the object.
+        """
+        if self.placeholder is None:
+            raise VDMError("there is no placeholder to start", where="VisionDiffMask.start_grey", expected="a learned placeholder",
+                           got="no_placeholder", fix="leave one of the two out")  # fmt: skip
+        grey = self.placeholder.new_zeros(1, self.view.num_channels, *self.view.image_size)
+        self.placeholder.copy_(self.view.encode(grey).embeddings[0].mean(0))
+
     @property
     def base(self) -> PreTrainedModel:
         """The frozen classifier."""

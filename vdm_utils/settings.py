@@ -163,6 +163,7 @@ class DiffMaskSettings(RunSettings):
     normalize: bool = option(False, "LayerNorm, without weights, on the inputs of the gates")
     zero_start: bool = option(False, "start the last layer of every gate at zero")
     no_placeholder: bool = option(False, "replace dropped patches by zeros instead of a learned placeholder")
+    grey_start: bool = option(False, "start the placeholder as the embedding of an empty, mid-grey patch, not as noise")
     last_layer_share: float = option(
         0.0, "share of the steps spent on the last gate, whose mask is the one that is shown"
     )
