@@ -218,6 +218,30 @@ def test_rules_for_half_of_the_patches_cost_what_the_readme_says():
     )
 
 
+def test_sizes_of_masks_are_those_of_the_runs():
+    runs = [pd.read_csv(ROOT / "benchmarks" / "results" / f"orders_{name}.csv") for name in ("cifar10", "shapes")]
+    runs = [run.set_index(["order", "patches"]) for run in runs]
+    orders = {
+        "every other patch": "every other patch",
+        "random patches": "random",
+        "rollout's order": "Attention rollout",
+    }
+    orders |= {"DiffMask's order": "Vision DiffMask", "DiffMask": "Vision DiffMask"}
+    sizes = {"cut to fit": "cut to fit", "size by entropy": "by entropy", "as shown": "as shown"}
+    table = [row for row in rows(claim("CIFAR-10")) if row[0].partition(", ")[2] in sizes]
+    assert len(table) == 7
+    for name, *told in table:
+        order, _, size = name.partition(", ")
+        for run, cell in zip(runs, told, strict=True):
+            measured = run.loc[(orders[order], sizes[size]), ["kept", "KL ≤ ε", "same class"]]
+            assert all(map(agrees, cell.split(", "), measured)), name
+    photos, shapes = runs
+    rule, mask = photos.loc[("every other patch", "by entropy")], photos.loc[("Vision DiffMask", "as shown")]
+    assert rule["kept"] < mask["kept"] and rule["KL ≤ ε"] > mask["KL ≤ ε"] and rule["same class"] > mask["same class"]
+    assert photos.loc[("random", "cut to fit"), "kept"] <= photos.loc[("refined", "as shown"), "kept"]
+    assert shapes.loc[("Vision DiffMask", "as shown"), "kept"] < shapes.xs("by entropy", level="patches")["kept"].min()
+
+
 def test_every_other_patch_is_a_chessboard_and_the_centre_comes_first(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     orders = importlib.import_module("orders").fixed_orders(3, 4, 6)
@@ -227,6 +251,28 @@ def test_every_other_patch_is_a_chessboard_and_the_centre_comes_first(monkeypatc
     best = orders["from the centre out"].flatten(1).topk(4).indices.sort().values.tolist()
     assert best == [[8, 9, 14, 15]] * 3
     assert orders["random"].unique().numel() == 3 * 4 * 6
+
+
+def test_sizes_are_cut_to_fit_and_learned_from_the_entropy(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    orders = importlib.import_module("orders")
+    # counted cells first: the count is kept from the size on at which all of them are
+    counter, batch = (
+        VisionDiffMask.from_pretrained(checkpoint("toy", "diffmask")),
+        load_data("toy", "test").batch(range(40)),
+    )
+    shown = counter.explain(batch["pixel_values"])
+    kept = orders.promises_kept(counter, batch["pixel_values"], shown, batch["truth"])
+    assert torch.equal(kept, (orders.SHARES * 9).round() >= batch["labels"][:, None])
+    # the less sure, the more is needed, and one in ten needs all: 85 % of each tenth are served by what the others need
+    entropy = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    needed = (entropy.argsort().argsort() // 100 + 3) / 16
+    exceptions = torch.arange(1000) % 10 == 0
+    fits = (needed[:, None] <= orders.SHARES) & ((orders.SHARES == 1) | ~exceptions[:, None])
+    learned = orders.size_by_entropy(entropy, fits, entropy)
+    assert torch.equal(learned, needed)
+    masks = orders.sizes(torch.rand(3, 4, 6), torch.tensor([[0.25], [0.5], [1.0]]))
+    assert masks.sum((2, 3)).tolist() == [[6], [12], [24]]
 
 
 def test_gates_for_a_classifier_that_forgot_keep_nothing_as_the_readme_says():
