@@ -1,6 +1,8 @@
 """What the tests share: no network, one thread, a tiny base on 3×3 toy grids, and one short run of each job."""
 
+import importlib.util
 import os
+from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # before transformers and torch are imported
 
@@ -18,6 +20,14 @@ torch.set_num_threads(1)  # a tiny model is fastest on one, and bits only agree 
 def words(line):
     """A command line as a list."""
     return line.split()
+
+
+def load_tool(name):
+    """A program of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "tools" / f"{name}.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
 
 
 COMMON = words("--batch_size 256 --num_workers 0 --max_steps 12 --log_every_n_steps 4")

@@ -3,7 +3,6 @@
 Chromium comes from the system, playwright drives it. Pictures of what was seen are left in build/screenshots/.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -22,6 +21,7 @@ import matplotlib
 import nbformat
 import psutil
 import pytest
+from conftest import load_tool
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from vdm_utils.gallery import layer_flipbook
@@ -283,9 +283,7 @@ def test_jupyterlab(page, lab, name):
 @pytest.fixture
 def exported(folder, name, tmp_path):
     """The page that tools/pages.py would write, from the outputs that the notebook has."""
-    spec = importlib.util.spec_from_file_location("pages", ROOT / "tools" / "pages.py")
-    pages = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pages)
+    pages = load_tool("pages")
     notebook = nbformat.read(folder / f"{name}.ipynb", as_version=4)
     if name == "made_here":
         scope = {}

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import importlib.util
 import json
 import pickle
 import re
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BASE, DIFFMASK, randomize
+from conftest import BASE, DIFFMASK, load_tool, randomize
 from safetensors.torch import load_file, save_file
 from test_faults import complaint, contents
 
@@ -462,9 +461,7 @@ def test_shipped_checkpoints_have_true_checksums(folder):
 
 
 def test_what_ships_next_has_checksums(pictures, tmp_path):
-    spec = importlib.util.spec_from_file_location("checkpoints", ROOT / "tools" / "checkpoints.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool("checkpoints")
     randomize(build_classifier(size="small", image_size=12, patch_size=4)).save_pretrained(tmp_path / "base-run")
     for _ in range(2):  # the second time over the first
         tool.ship(tmp_path / "base-run", tmp_path / "task" / "base")
@@ -477,6 +474,6 @@ def test_what_ships_next_has_checksums(pictures, tmp_path):
     (tmp_path / "task").rename(tmp_path / "elsewhere")
     loaded = VisionDiffMask.from_pretrained(tmp_path / "elsewhere" / "mask")
     assert loaded.config.base_name_or_path == str(tmp_path / "elsewhere" / "base")
-    trained, shipped = diffmask.state_dict(), loaded.state_dict()
-    assert all(torch.equal(shipped[name], weight.half().float()) for name, weight in trained.items())
-    torch.testing.assert_close(loaded.explain(pictures).kl, diffmask.explain(pictures).kl, rtol=0.05, atol=1e-6)
+    rounded = {name: weight.half().float() for name, weight in diffmask.state_dict().items()}  # it is above ½ MB
+    diffmask.load_state_dict(rounded)
+    assert torch.equal(loaded.explain(pictures).kl, diffmask.explain(pictures).kl)

@@ -1,7 +1,6 @@
 """The files around the code agree with each other and with what they promise."""
 
 import ast
-import importlib.util
 import itertools
 import json
 import re
@@ -14,6 +13,7 @@ import nbformat
 import pytest
 import torch
 import yaml
+from conftest import load_tool
 
 from vdm_utils.__main__ import parse
 from vdm_utils.checkpoints import save_classifier
@@ -56,10 +56,7 @@ def test_make_knows_its_targets(target):
 
 @pytest.fixture(scope="module")
 def pages():
-    spec = importlib.util.spec_from_file_location("pages", ROOT / "tools" / "pages.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("pages")
 
 
 def test_pages_show_formulas_without_a_network(pages):
@@ -111,13 +108,6 @@ def test_checkpoints_are_what_their_cards_say(folder):
         diffmask = VisionDiffMask.from_pretrained(folder)  # refuses another base
         assert fingerprint(diffmask.base) == card["fingerprint of the base"]
         assert diffmask.config.base_name_or_path.endswith("base")
-
-
-def load_tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool
 
 
 def test_checkpoints_are_small_and_complete():

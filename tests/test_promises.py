@@ -302,6 +302,30 @@ def test_cost_of_the_truth_is_that_of_the_runs():
         assert all(map(agrees, [*told, with_zeros], measured)), (task, pictures)
 
 
+def test_masks_of_counted_photographs_are_those_of_the_run():
+    run = pd.read_csv(ROOT / "benchmarks" / "results" / "counting_cifar10.csv").set_index("measure")
+    text = flat(claim("Counting photographs"))
+    (exact,) = re.findall(r"exact on ([\d.]+) %", text)
+    assert agrees(exact, run.loc["exact", "all"] * 100)
+    told = re.search(
+        r"(\d+) % of the masks' mass .* (\d+) % are counted; rollout (\d+) %, Grad-CAM (\d+) %\), (\d+) % where .*chance (\d+) %",
+        text,
+    ).groups()
+    names = ("Vision DiffMask", "every patch", "Attention rollout", "Grad-CAM")
+    measured = [run.loc[f"mass: {name}", "right"] for name in names]
+    measured += [run.loc[f"mass: {name}", "mixed"] for name in names[:2]]
+    kept = re.search(r"keep (\d+), (\d+), (\d+), (\d+) and (\d+) % for 0 to", text).groups()
+    measured += [run.loc[f"kept, {n} counted", "right"] for n in range(5)]
+    kl, *shares = re.search(r"mean KL is ([\d.]+), KL ≤ ε on (\d+) %, the same count on (\d+) %", text).groups()
+    measured += [*run.loc[["KL ≤ ε", "same class"], "all"]]
+    assert agrees(kl, run.loc["KL", "all"])
+    assert all(agrees(share, found * 100) for share, found in zip((*told, *kept, *shares), measured, strict=True))
+    oracle = pd.read_csv(ROOT / "benchmarks" / "results" / "oracle.csv").set_index(["task", "pictures", "fill"])["KL"]
+    grey, learned = re.search(r"costs ([\d.]+) with the same grey, and ([\d.]+) with", text).groups()
+    assert agrees(grey, oracle["cifar10-count", "right", "grey"])
+    assert agrees(learned, oracle["cifar10-count", "right", "learned placeholder"])
+
+
 def test_the_counter_of_photographs_counts():
     try:
         grids = load_data("CIFAR10_QA", "test", grid_size=2, class_idx=1)

@@ -28,10 +28,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
+from vdm_utils.__main__ import new_classifier
 from vdm_utils.checkpoints import save_classifier
 from vdm_utils.data import Pictures, load_data
-from vdm_utils.training import evaluate_classifier, regions
-from vdm_utils.vit import PatchView, load_classifier, with_image_size
+from vdm_utils.training import ClassifierSettings, evaluate_classifier, plain_attention, regions
+from vdm_utils.vit import PatchView
 
 BATCH = 128
 
@@ -103,8 +104,19 @@ class MissingPatches:
     def __init__(self, model: nn.Module):
         self.kept = self.blank = None
         view = PatchView(model)
+        self.grid = view.grid
         view.projection.register_forward_hook(self.zero)
         view.layers[0].register_forward_pre_hook(self.leave_out)
+
+    def draw(self, step: int, halved: int) -> None:
+        """Half of the patches stay in the first `halved` steps; later 0–80 % are blank on three pictures in five."""
+        self.kept = self.blank = None
+        if step < halved:
+            count = self.grid[0] * self.grid[1]
+            self.kept = torch.rand(BATCH, count).argsort(1)[:, : count // 2]
+        else:
+            share = 0.8 * torch.rand(BATCH, 1) * (torch.rand(BATCH, 1) < 0.6)
+            self.blank = regions(share, self.grid, (2, 4)[step % 2])
 
     def zero(self, module, inputs, output):
         return output if self.blank is None else output * ~self.blank.unsqueeze(-1)
@@ -152,21 +164,42 @@ class CellReader(nn.Module):
         return self.read(cells).squeeze(-1)
 
 
+def picture_loss(logits: torch.Tensor, wanted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The teacher's answers `wanted` [B, C], softened, and the labels."""
+    soft = [(each / 2).log_softmax(1) for each in (logits, wanted)]
+    return 0.7 * 4 * F.kl_div(*soft, log_target=True, reduction="batchmean") + 0.3 * F.cross_entropy(logits, labels)
+
+
+def grid_loss(
+    logits: torch.Tensor,
+    read: torch.Tensor,
+    counted: torch.Tensor,
+    truth: torch.Tensor,
+    cells: torch.Tensor,
+    labels: torch.Tensor,
+) -> torch.Tensor:
+    """The count that the teacher's probabilities `counted` [B, N] make, the label, and every cell by itself (`read`, logits).
+
+    Half is what the teacher thinks, half is `truth` [B, N]; an empty one of the `cells`, all of one colour, is not counted.
+    """
+    counted = (counted + truth) / 2
+    counted = counted.masked_fill(cells.flatten(1).std(1).view_as(counted) < 1e-4, 0.0)
+    count = 0.5 * F.cross_entropy(logits, count_probabilities(counted)) + 0.5 * F.cross_entropy(logits, labels)
+    return count + F.binary_cross_entropy_with_logits(read, counted)
+
+
 def teach(
     model: nn.Module, teacher: Teacher, data: Pictures, steps: int, halved: int, peak: float, seed: int, class_idx: int
 ) -> None:
-    """Train `model` in place; in the first `halved` steps it sees half of the patches, which costs half as much."""
+    """Train `model` in place; single pictures with half of their patches in the first `halved` steps, which costs half as much."""
     torch.manual_seed(seed)
     model.train().requires_grad_(True)
-    side, view = getattr(data, "grid_size", 1), PatchView(model)
-    if side == 1:
-        model.set_attn_implementation("eager")  # faster where there are few patches: vdm_utils.training.plain_attention
-    missing, grid, width = MissingPatches(model), view.grid, model.config.hidden_size
-    depth, count, wide = model.config.num_hidden_layers, grid[0] * grid[1], teacher.head.in_features
+    side, width, depth = getattr(data, "grid_size", 1), model.config.hidden_size, model.config.num_hidden_layers
+    missing, wide = MissingPatches(model), teacher.head.in_features
     guides = nn.ModuleDict(
         {str(k): nn.Sequential(nn.LayerNorm(width), nn.Linear(width, wide)) for k in (depth // 2, depth)}
     )
-    reader = CellReader(width, grid, side)
+    reader = CellReader(width, missing.grid, side)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1] + [*guides.parameters(), *reader.parameters()]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
@@ -178,31 +211,22 @@ def teach(
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             wanted, features = teacher(cells)
         wanted, features = wanted.float(), put_together(features.float(), side)  # [B, N, wide]
-        missing.kept = missing.blank = None
-        if side == 1 and step < halved:
-            missing.kept = torch.rand(BATCH, count).argsort(1)[:, : count // 2]
+        if side == 1:
+            missing.draw(step, halved)
+        if missing.kept is not None:
             features = features.gather(1, missing.kept.unsqueeze(-1).expand(-1, -1, wide))
-        elif side == 1:  # 0–80 % of three pictures in five
-            share = 0.8 * torch.rand(BATCH, 1) * (torch.rand(BATCH, 1) < 0.6)
-            missing.blank = regions(share, grid, (2, 4)[step % 2])
         with torch.autocast("cpu", torch.bfloat16):
             output = model(pixel_values=batch["pixel_values"], output_hidden_states=True)
             guesses = [guide(output.hidden_states[int(k)][:, 1:]) for k, guide in guides.items()]
             read = reader(output.hidden_states[depth - 1][:, 1:]) if side > 1 else None
         logits, labels = output.logits.float(), batch["labels"]
         if side == 1:
-            soft = [(each / 2).log_softmax(1) for each in (logits, wanted)]
-            answers = 4 * F.kl_div(*soft, log_target=True, reduction="batchmean")
-            loss = 0.7 * answers + 0.3 * F.cross_entropy(logits, labels)
+            answers = picture_loss(logits, wanted, labels)
         else:
-            # half of what the teacher thinks, half of what is true; an empty cell, all of one colour, is not counted
-            counted = (wanted.softmax(1)[:, class_idx].view(-1, side**2) + batch["truth"].flatten(1)) / 2
-            counted = counted.masked_fill(cells.flatten(1).std(1).view(-1, side**2) < 1e-4, 0.0)
-            answers = F.cross_entropy(logits, count_probabilities(counted))
-            loss = 0.5 * answers + 0.5 * F.cross_entropy(logits, labels)
-            loss = loss + F.binary_cross_entropy_with_logits(read.float(), counted)
+            counted = wanted.softmax(1)[:, class_idx].view(-1, side**2)
+            answers = grid_loss(logits, read.float(), counted, batch["truth"].flatten(1), cells, labels)
         places = torch.stack([F.mse_loss(guess.float(), features) for guess in guesses]).mean()
-        loss = loss + max(0.05, 1 - step / steps) * places
+        loss = answers + max(0.05, 1 - step / steps) * places
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -211,7 +235,6 @@ def teach(
             numbers = ", ".join(f"{x.item():.3f}" for x in (answers, places))
             print(f"step {step} of {steps}: answers, places {numbers}", file=sys.stderr)
     missing.kept = missing.blank = None
-    model.set_attn_implementation("sdpa")
     model.eval()
 
 
@@ -240,19 +263,17 @@ def main() -> None:
             (teacher(b["pixel_values"])[0].argmax(1) == b["labels"]).float() for b in DataLoader(validation, BATCH)
         ]
     print(f"the teacher is right on {torch.cat(right).mean():.1%} of the validation pictures", file=sys.stderr)
-    model, train = load_classifier(wanted.from_pretrained), pictures
+    train = pictures
     if side > 1:
         shape = {"grid_size": side, "class_idx": wanted.class_idx, "augment": names, "augment_cells": True}
         train, validation = (
             load_data(f"{wanted.dataset}_QA", split, empty_cells=0.5, **shape) for split in ("train", "validation")
         )
-        torch.manual_seed(wanted.seed)
-        model = load_classifier(wanted.from_pretrained, num_labels=train.num_labels)
-        if PatchView(model).image_size != train.image_size:
-            model = with_image_size(model, train.image_size, side)
-        model.config.id2label = dict(train.id2label)
-        model.config.label2id = {name: label for label, name in train.id2label.items()}
-    teach(model, teacher, train, wanted.steps, wanted.halved, wanted.lr, wanted.seed, wanted.class_idx)
+    torch.manual_seed(wanted.seed)
+    start = {"from_pretrained": wanted.from_pretrained, "image_size": train.image_size[0], "grid_size": side}
+    model = new_classifier(ClassifierSettings(**start), train)
+    with plain_attention(model, side == 1):  # the faster one where there are few patches
+        teach(model, teacher, train, wanted.steps, wanted.halved, wanted.lr, wanted.seed, wanted.class_idx)
     save_classifier(model, wanted.output_dir)
     print(json.dumps({f"eval_{key}": value for key, value in evaluate_classifier(model, validation).items()}))
 
