@@ -136,18 +136,9 @@ def test_explain_leaves_a_figure_the_facts_and_the_masks(capsys, diffmask_run, t
     assert run(capsys, *words, "--output_dir", "out")[0] == 2  # never written over
 
 
-def test_explain_refines(capsys, diffmask_run, tmp_path):
-    words = [
-        "explain",
-        "--diffmask_checkpoint",
-        diffmask_run,
-        "--dataset",
-        "digits",
-        "--sample_images",
-        3,
-        "--refine",
-        4,
-    ]
+@pytest.mark.parametrize("way", ["--refine", "--fit"])
+def test_explain_shows_masks_that_were_checked(capsys, diffmask_run, tmp_path, way):
+    words = ["explain", "--diffmask_checkpoint", diffmask_run, "--dataset", "digits", "--sample_images", 3, way, 4]
     code, printed, _ = run(capsys, *words, "--output_dir", tmp_path / "out")
     assert code == 0 and printed["feasible"] == 1
     assert set(load_file(tmp_path / "out" / "masks.safetensors")["mask"].unique().tolist()) <= {0.0, 1.0}
@@ -185,7 +176,7 @@ def test_a_convnext_is_fine_tuned_at_any_size(capsys, tmp_path):
     assert run(capsys, *words)[0] == 0
 
 
-def test_a_base_can_be_trained_in_half_precision(capsys, tmp_path, monkeypatch):
+def test_both_jobs_can_multiply_in_half_precision(capsys, tmp_path, monkeypatch):
     kinds, fused = [], []
     forward, attention = torch.nn.functional.linear, torch.nn.functional.scaled_dot_product_attention
 
@@ -195,19 +186,25 @@ def test_a_base_can_be_trained_in_half_precision(capsys, tmp_path, monkeypatch):
         return output
 
     def fused_attention(query, *args, **options):
-        fused.append(query.requires_grad)
+        fused.append((query.dtype, torch.is_grad_enabled()))
         return attention(query, *args, **options)
 
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused_attention)
-    for name, line in (("half", "--bf16"), ("full", "")):
-        words = ["train-base", *TINY, "--patch_size", 4, *split(line)]
-        kinds.clear(), fused.clear()
-        assert run(capsys, *words, "--output_dir", tmp_path / name)[0] == 0
-        assert (torch.bfloat16 in kinds) == (name == "half")
-        assert any(fused) == (name == "full")  # in half precision its backward pass is slow on a CPU
-        assert load_classifier(tmp_path / name).config._attn_implementation == "sdpa"
-    assert {p.dtype for p in load_classifier(tmp_path / "half").parameters()} == {torch.float32}
+    base = ["train-base", *TINY, "--patch_size", 4]
+    mask = ["train", *TINY, "--recipe", "quick", "--from_pretrained", tmp_path / "full base"]
+    for name, line in (("full", ""), ("half", "--bf16")):
+        for job, words in (("base", base), ("mask", mask)):
+            kinds.clear(), fused.clear()
+            assert run(capsys, *words, *split(line), "--output_dir", tmp_path / f"{name} {job}")[0] == 0
+            assert (torch.bfloat16 in kinds) == (name == "half"), job
+            kind = torch.bfloat16 if name == "half" else torch.float32
+            assert ((kind, True) in fused) == (name == "full"), (
+                job
+            )  # in half precision its backward pass is slow on a CPU
+        assert load_classifier(tmp_path / f"{name} base").config._attn_implementation == "sdpa"
+        trained = VisionDiffMask.from_pretrained(tmp_path / f"{name} mask")
+        assert {p.dtype for p in [*trained.parameters(), *trained.base.parameters()]} == {torch.float32}
 
 
 def test_pictures_reach_the_trackers(tmp_path, monkeypatch):
@@ -415,7 +412,11 @@ MISTAKES = {  # name: (words, what the message has to contain)
     "no such DiffMask": (["explain", "--diffmask_checkpoint", "nowhere"], "cannot load the DiffMask"),
     "refined at a layer": (
         ["explain", "--diffmask_checkpoint", "MASK", "--dataset", "digits", "--layer", "2", "--refine", "5"],
-        "refine and layer do not go together",
+        "--refine 5 --layer 2",
+    ),
+    "cut and refined": (
+        ["explain", "--diffmask_checkpoint", "MASK", "--dataset", "digits", "--fit", "8", "--refine", "5"],
+        "these do not go together",
     ),
     "no such picture": (["explain", "--diffmask_checkpoint", "MASK", "--images", "none.png"], "none.png"),
     "not a picture": (["explain", "--diffmask_checkpoint", "MASK", "--images", "file"], "cannot be read"),

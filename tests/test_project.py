@@ -126,14 +126,18 @@ def test_checkpoints_are_small_and_complete():
             parse(kind, job, words)
 
 
-@pytest.mark.parametrize("counting", [[], ["--grid_size", 2, "--class_idx", 3]], ids=["pictures", "grids"])
-def test_a_vit_learns_from_a_convolutional_teacher(tmp_path, counting):
+SCHOOLS = {"pictures": [], "twice": ["--agreement", 3], "grids": ["--grid_size", 2, "--class_idx", 3]}
+
+
+@pytest.mark.parametrize("school", SCHOOLS.values(), ids=SCHOOLS)
+def test_a_vit_learns_from_a_convolutional_teacher(tmp_path, school):
     """`tools/distil.py` from end to end, on drawn pictures: another classifier comes out, whole and without a trace of school."""
     torch.manual_seed(0)
     start = build_classifier("vit", "tiny", image_size=32, patch_size=4, num_labels=10)
     save_classifier(start, tmp_path / "start")
     words = ["--from_pretrained", tmp_path / "start", "--output_dir", tmp_path / "end", "--dataset", "shapes"]
-    words += ["--teacher_steps", 2, "--steps", 4, "--halved", 2, *counting]
+    words += ["--teacher_steps", 2, "--steps", 4, "--halved", 2, *school]
+    counting = "--grid_size" in school
     done = subprocess.run(
         [sys.executable, ROOT / "tools" / "distil.py", *map(str, words)], capture_output=True, text=True
     )
@@ -146,6 +150,32 @@ def test_a_vit_learns_from_a_convolutional_teacher(tmp_path, counting):
     assert end.config._attn_implementation == "sdpa"
     assert (end.config.image_size, end.config.num_labels) == ((64, 5) if counting else (32, 10))
     assert not counting or end.config.id2label == load_data("shapes_QA", "test", grid_size=2, class_idx=3).id2label
+
+
+def test_patches_are_missing_from_the_second_of_two_views():
+    distil = load_tool("distil")
+    torch.manual_seed(0)
+    model = build_classifier("vit", "tiny", image_size=32, patch_size=4, num_labels=10).eval()
+    missing, pictures = distil.MissingPatches(model), torch.rand(300, 3, 32, 32)
+    missing.draw_second(300)
+    first, second = missing.blank.split(300)
+    share = second.float().mean(1)
+    assert not first.any() and 0.18 < share.min() < 0.25 and 0.8 < share.max() < 0.87
+    board = missing.board[None].expand(300, -1)
+    same_colour = (
+        (second == board.bool()).float().mean(1) - 0.5
+    ).abs() * 2  # 1: a whole colour of the board, and no other
+    assert (same_colour > 0.8).any() and (same_colour < 0.05).sum() > 100
+    # what is blank is without effect, and what is not is not
+    views = pictures[:2].repeat(2, 1, 1, 1)
+    missing.blank = torch.cat([first[:2], second[:2]])
+    other = views.clone()
+    hidden = second[0].view(8, 8).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    other[2] = torch.where(hidden, torch.rand_like(other[2]), other[2])
+    with torch.no_grad():
+        assert torch.equal(model(other).logits, model(views).logits)
+        other[0] = torch.where(hidden, torch.rand_like(other[0]), other[0])
+        assert not torch.equal(model(other).logits[0], model(views).logits[0])
 
 
 def test_the_teacher_of_counters_sees_cells_and_answers_in_counts():

@@ -6,10 +6,10 @@ import torch
 from vdm_utils.data import load_data
 from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.errors import VDMError
-from vdm_utils.metrics import patch_iou
+from vdm_utils.metrics import patch_iou, top_patches
 from vdm_utils.notebook import checkpoint
 from vdm_utils.objective import Multiplier, kl_divergence
-from vdm_utils.refine import PRICE, refine
+from vdm_utils.refine import PRICE, cut_to_fit, refine
 from vdm_utils.vit import load_classifier
 
 
@@ -99,3 +99,59 @@ def test_nothing_is_left_behind(toy):
 def test_no_steps(toy):
     with pytest.raises(VDMError, match="steps"):
         refine(toy[0], toy[1]["pixel_values"], steps=0)
+
+
+# ---------------------------------------------------------------- the order of the gates, cut to fit
+
+
+def test_the_smallest_size_that_keeps_the_promise():
+    """Against a search over all sizes, one picture and one size at a time."""
+    diffmask = VisionDiffMask.from_pretrained(checkpoint("digits", "diffmask"))
+    pictures = load_data("digits", "test").batch(range(12))["pixel_values"]
+    shown = diffmask.explain(pictures)
+    patches = shown.scores[0].numel()
+    found = cut_to_fit(diffmask, pictures, sizes=patches)
+    assert_promise(diffmask, pictures, found)
+    for i in range(len(pictures)):
+        one, kept = pictures[i : i + 1], []
+        states = diffmask.view.encode(one)
+        for count in range(patches + 1):
+            mask = top_patches(shown.scores[i : i + 1], torch.tensor([count]))[:, 0].float()
+            logits = diffmask.masked_logits(one, states, mask)
+            if kl_divergence(states.logits, logits) <= 0.1 and logits.argmax() == states.logits.argmax():
+                kept.append(count)
+        assert found.mask[i].sum() == min(kept)
+    torch.testing.assert_close(found.masks_per_layer, shown.masks_per_layer)
+    torch.testing.assert_close(found.scores, shown.scores)
+    coarse = cut_to_fit(diffmask, pictures, sizes=4)
+    assert_promise(diffmask, pictures, coarse)
+    quarters = torch.arange(5) * patches / 4
+    assert torch.isin(coarse.mask.sum((1, 2)), quarters.ceil()).all() and (coarse.kept >= found.kept).all()
+
+
+def test_masks_that_are_right_are_right_when_cut(toy):
+    diffmask, batch = toy
+    found = cut_to_fit(diffmask, batch["pixel_values"], sizes=diffmask.view.grid[0] * diffmask.view.grid[1])
+    assert_promise(diffmask, batch["pixel_values"], found)
+    assert patch_iou(found.mask, batch["truth"]).min() == 1
+
+
+def test_cutting_costs_one_pass_for_each_size(toy, monkeypatch):
+    diffmask, batch = toy
+    passes, once = [], type(diffmask.base).forward
+    monkeypatch.setattr(type(diffmask.base), "forward", lambda self, *a, **b: passes.append(1) or once(self, *a, **b))
+    cut_to_fit(diffmask, batch["pixel_values"][:2], sizes=7)
+    assert len(passes) == 8  # and one for the whole picture
+
+
+def test_an_epsilon_that_no_part_keeps_shows_everything(toy):
+    diffmask, batch = toy
+    found = cut_to_fit(diffmask, batch["pixel_values"][:4], eps=1e-12)
+    assert (found.mask == 1).all() and (found.kl == 0).all() and torch.equal(found.masked_logits, found.logits)
+    digits = VisionDiffMask.from_pretrained(checkpoint("digits", "diffmask"))
+    pictures = load_data("digits", "validation").batch(range(16))["pixel_values"]
+    loose, tight = (cut_to_fit(digits, pictures, eps=eps).kept for eps in (0.5, 0.01))
+    assert (loose <= tight).all() and loose.mean() < tight.mean()
+    for options in ({"eps": 0}, {"eps": float("nan")}, {"sizes": 0}, {"sizes": 2.5}):
+        with pytest.raises(VDMError, match=next(iter(options))):
+            cut_to_fit(diffmask, batch["pixel_values"], **options)

@@ -119,6 +119,15 @@ TASKS = {
 KEPT = ("config.json", "model.safetensors")
 
 
+def fewer_digits(weights: torch.Tensor, bits: int = 8) -> torch.Tensor:
+    """Every row of a matrix as multiples of one power of two, of at most `bits` bits with the sign: git packs that a third smaller."""
+    if weights.dim() < 2:
+        return weights
+    step = torch.exp2(torch.ceil(torch.log2(weights.flatten(1).abs().amax(1).clamp(min=1e-6) / 2 ** (bits - 1))))
+    step = step.view(-1, *[1] * (weights.dim() - 1))
+    return (weights / step).round() * step
+
+
 def ship(folder: Path, target: Path) -> None:
     """Copy what is needed to load a model, with checksums; weights above ½ MB in half precision (they are loaded in single)."""
     target.mkdir(parents=True, exist_ok=True)
@@ -129,7 +138,9 @@ def ship(folder: Path, target: Path) -> None:
         shutil.copy(folder / name, target / name)
     weights = target / "model.safetensors"
     if weights.stat().st_size > 5e5:
-        save_file({k: v.half() for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
+        save_file(
+            {k: fewer_digits(v).half() for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"}
+        )
     config = json.loads((target / "config.json").read_text())
     if "base_name_or_path" in config:  # the base stands beside it wherever the two folders go
         config["base_name_or_path"] = "../base"

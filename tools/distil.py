@@ -1,6 +1,7 @@
 """A school for the CIFAR-10 classifiers: they learn from a convolutional network, answer by answer and patch by patch.
 
     python tools/distil.py --from_pretrained data/checkpoints/cifar10/base --output_dir runs/distilled
+    python tools/distil.py --from_pretrained runs/distilled --output_dir runs/agreeing --agreement 3 --halved 0 --steps 1800
     python tools/distil.py --from_pretrained runs/distilled --output_dir runs/counter --grid_size 2 --class_idx 1
 
 A ViT has to discover that neighbouring pixels belong together; a convolutional network is built on it, and gets further in the
@@ -8,6 +9,9 @@ same time. It is trained first, on labels alone (87 % of the validation pictures
 taught its answers (Hinton et al. 2015, arXiv 1503.02531) and, from the patches of two of its layers, its features: both have 8×8
 places (locality guidance, Li et al. 2022, arXiv 2207.10026). In the later steps whole regions of the pictures are blanked for
 the ViT, not for its teacher. The teacher is not kept.
+
+With `--agreement` every picture is seen twice, whole and with 20–85 % of its patches blank, and the two answers are drawn
+together by so many times their KL divergence. What it learns there is to answer from a part as it answers from all.
 
 With `--grid_size` the ViT learns to count the pictures of one class in a grid. The teacher looks at every cell by itself, and
 what it thinks of each makes a distribution of counts; the tokens of a cell learn to tell whether theirs is counted. A classifier
@@ -31,6 +35,7 @@ from torch.utils.data import DataLoader
 from vdm_utils.__main__ import new_classifier
 from vdm_utils.checkpoints import save_classifier
 from vdm_utils.data import Pictures, load_data
+from vdm_utils.objective import kl_divergence
 from vdm_utils.training import ClassifierSettings, evaluate_classifier, plain_attention, regions
 from vdm_utils.vit import PatchView
 
@@ -104,7 +109,8 @@ class MissingPatches:
     def __init__(self, model: nn.Module):
         self.kept = self.blank = None
         view = PatchView(model)
-        self.grid = view.grid
+        self.grid = rows, cols = view.grid
+        self.board = ((torch.arange(rows)[:, None] + torch.arange(cols)) % 2).flatten().float()  # [N]
         view.projection.register_forward_hook(self.zero)
         view.layers[0].register_forward_pre_hook(self.leave_out)
 
@@ -117,6 +123,17 @@ class MissingPatches:
         else:
             share = 0.8 * torch.rand(BATCH, 1) * (torch.rand(BATCH, 1) < 0.6)
             self.blank = regions(share, self.grid, (2, 4)[step % 2])
+
+    def draw_second(self, pictures: int) -> None:
+        """Pictures that come twice: the second time 20–85 % of the patches are blank, in regions or, twice as often, in specks;
+        half of those go by the fields of a chessboard, whose colour is drawn."""
+        share, noise = 0.2 + 0.65 * torch.rand(pictures, 1), torch.rand(pictures, len(self.board))
+        colour, chess, specks = (torch.rand(pictures, 1) < chance for chance in (0.5, 0.5, 0.65))
+        fields = (self.board - colour.float()).abs() + 0.7 * noise
+        order = torch.where(chess, fields, noise).argsort(1).argsort(1)
+        blobs = regions(share, self.grid, (2, 4)[int(torch.randint(2, ()))])
+        blank = torch.where(specks, order < share * order.shape[1], blobs)
+        self.blank = torch.cat([torch.zeros_like(blank), blank])
 
     def zero(self, module, inputs, output):
         return output if self.blank is None else output * ~self.blank.unsqueeze(-1)
@@ -188,10 +205,10 @@ def grid_loss(
     return count + F.binary_cross_entropy_with_logits(read, counted)
 
 
-def teach(
-    model: nn.Module, teacher: Teacher, data: Pictures, steps: int, halved: int, peak: float, seed: int, class_idx: int
-) -> None:
-    """Train `model` in place; single pictures with half of their patches in the first `halved` steps, which costs half as much."""
+def teach(model: nn.Module, teacher: Teacher, data: Pictures, wanted: argparse.Namespace) -> None:
+    """Train `model` in place; single pictures with half of their patches in the first `halved` steps, which costs half as much,
+    or, for `agreement`, all of them twice."""
+    steps, seed, agreement = wanted.steps, wanted.seed, wanted.agreement
     torch.manual_seed(seed)
     model.train().requires_grad_(True)
     side, width, depth = getattr(data, "grid_size", 1), model.config.hidden_size, model.config.num_hidden_layers
@@ -204,27 +221,35 @@ def teach(
     others = [p for p in model.parameters() if p.dim() <= 1] + [*guides.parameters(), *reader.parameters()]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-    for step, batch in enumerate(itertools.islice(batches(data, seed, BATCH // side**2), steps)):
+    views = 2 if agreement else 1
+    for step, batch in enumerate(itertools.islice(batches(data, seed, BATCH // side**2 // views), steps)):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, 100, peak)
-        cells = cut_into_cells(batch["pixel_values"], side)
+            group["lr"] = learning_rate(step, steps, 100, wanted.lr)
+        pixel_values, labels = batch["pixel_values"], batch["labels"]
+        cells = cut_into_cells(pixel_values, side)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            wanted, features = teacher(cells)
-        wanted, features = wanted.float(), put_together(features.float(), side)  # [B, N, wide]
-        if side == 1:
-            missing.draw(step, halved)
+            thought, features = teacher(cells)
+        thought, features = thought.float(), put_together(features.float(), side)  # [B, N, wide]
+        if agreement:
+            missing.draw_second(len(labels))
+        elif side == 1:
+            missing.draw(step, wanted.halved)
         if missing.kept is not None:
             features = features.gather(1, missing.kept.unsqueeze(-1).expand(-1, -1, wide))
         with torch.autocast("cpu", torch.bfloat16):
-            output = model(pixel_values=batch["pixel_values"], output_hidden_states=True)
-            guesses = [guide(output.hidden_states[int(k)][:, 1:]) for k, guide in guides.items()]
+            output = model(pixel_values=pixel_values.repeat(views, 1, 1, 1), output_hidden_states=True)
+            guesses = [guide(output.hidden_states[int(k)][: len(labels), 1:]) for k, guide in guides.items()]
             read = reader(output.hidden_states[depth - 1][:, 1:]) if side > 1 else None
-        logits, labels = output.logits.float(), batch["labels"]
+        logits, *partial = output.logits.float().split(len(labels))  # of the whole, and of what is left of it
         if side == 1:
-            answers = picture_loss(logits, wanted, labels)
+            answers = picture_loss(logits, thought, labels)
         else:
-            counted = wanted.softmax(1)[:, class_idx].view(-1, side**2)
+            counted = thought.softmax(1)[:, wanted.class_idx].view(-1, side**2)
             answers = grid_loss(logits, read.float(), counted, batch["truth"].flatten(1), cells, labels)
+        for part in partial:  # both answers move
+            answers = (
+                answers + agreement * kl_divergence(logits, part).mean() + 0.3 * picture_loss(part, thought, labels)
+            )
         places = torch.stack([F.mse_loss(guess.float(), features) for guess in guesses]).mean()
         loss = answers + max(0.05, 1 - step / steps) * places
         optimizer.zero_grad()
@@ -246,11 +271,17 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--teacher_steps", type=int, default=3510)
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--halved", type=int, default=2000, help="steps in which the ViT sees half of the patches")
+    parser.add_argument(
+        "--agreement", type=float, default=0.0, help="weight of the KL between whole pictures and parts"
+    )
     parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--grid_size", type=int, default=1, help="cells per side of the grids to count in")
     parser.add_argument("--class_idx", type=int, default=1, help="the class that is counted")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(words)
+    wanted = parser.parse_args(words)
+    if wanted.agreement and wanted.grid_size > 1:
+        parser.error("--agreement is for single pictures: a counter that can do without a cell has no use for it")
+    return wanted
 
 
 def main() -> None:
@@ -273,7 +304,7 @@ def main() -> None:
     start = {"from_pretrained": wanted.from_pretrained, "image_size": train.image_size[0], "grid_size": side}
     model = new_classifier(ClassifierSettings(**start), train)
     with plain_attention(model, side == 1):  # the faster one where there are few patches
-        teach(model, teacher, train, wanted.steps, wanted.halved, wanted.lr, wanted.seed, wanted.class_idx)
+        teach(model, teacher, train, wanted)
     save_classifier(model, wanted.output_dir)
     print(json.dumps({f"eval_{key}": value for key, value in evaluate_classifier(model, validation).items()}))
 

@@ -17,7 +17,7 @@ from vdm_utils.data import Pictures, load_data
 from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.errors import VDMError, unknown_name
 from vdm_utils.plots import SampleImages, explained_beside_others, to_png
-from vdm_utils.refine import refine
+from vdm_utils.refine import cut_to_fit, refine
 from vdm_utils.runs import check_fit, load_weights
 from vdm_utils.settings import RECIPES, ClassifierSettings, DataSettings, DiffMaskSettings, ExplainSettings, RunSettings
 from vdm_utils.sources import read_pictures
@@ -230,10 +230,14 @@ def explain(words: list[str]) -> dict:
         check_fit(diffmask.base, data, "explain")
         names = [f"{data.name}/{data.split}/{i}" for i in range(min(max(1, chosen.sample_images), len(data)))]
         batch = data.batch(range(len(names)))
-    if chosen.refine and chosen.layer is not None:
-        raise VDMError("refine and layer do not go together", where="explain", expected="one of the two",
-                       got=f"--refine {chosen.refine} --layer {chosen.layer}", fix="leave one out: refined masks have no layers")  # fmt: skip
-    if chosen.refine:
+    ways = {"fit": chosen.fit or None, "refine": chosen.refine or None, "layer": chosen.layer}
+    taken = [f"--{name} {value}" for name, value in ways.items() if value is not None]
+    if len(taken) > 1:
+        raise VDMError("these do not go together", where="explain", expected="one of --fit, --refine and --layer",
+                       got=" ".join(taken), fix="leave the others out: a mask that is checked has no layers")  # fmt: skip
+    if chosen.fit:
+        shown = cut_to_fit(diffmask, batch["pixel_values"], chosen.fit)
+    elif chosen.refine:
         shown = refine(diffmask, batch["pixel_values"], chosen.refine, seed=chosen.seed)
     else:
         shown = diffmask.explain(batch["pixel_values"], chosen.layer)  # on the device of a model that was just loaded

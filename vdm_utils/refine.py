@@ -1,4 +1,7 @@
-"""A mask for one picture at a time: where the gates leave off, its own gates go on.
+"""Masks that keep their promise on every picture: the order of the gates cut to fit, or gates of its own for every picture.
+
+The gate networks rank the patches. `cut_to_fit` asks the classifier how many of the first are needed: one forward pass for each
+size that is tried, and so few masks to choose from that there is little room for luck.
 
 Gate networks are *amortised*: one rule for all pictures, one forward pass for each. Where no such rule can be learned from the
 hidden states (CIFAR-10 in notebook 05), the same game can still be played for every picture by itself (the comparison of De
@@ -15,6 +18,7 @@ import torch
 from vdm_utils.diffmask import Explanation, VisionDiffMask, VisionDiffMaskConfig, check_numbers
 from vdm_utils.errors import check_integer
 from vdm_utils.gates import HardConcrete, combine_votes
+from vdm_utils.metrics import top_patches
 from vdm_utils.objective import Multiplier, expected_l0, kl_divergence, lagrangian
 
 # |log_alpha| to begin with: a gate that the networks have closed for good would get no gradient
@@ -22,6 +26,39 @@ LARGEST_START = 1.0
 PRICE, LOWEST_PRICE, HIGHEST_PRICE, PRICE_LR = 2.0, 1.0, 100.0, 0.1
 # the last steps are a tenth as long as the first
 SLOWEST = 0.1
+
+
+@torch.no_grad()
+def cut_to_fit(
+    diffmask: VisionDiffMask, pixel_values: torch.Tensor, sizes: int = 16, eps: float | None = None
+) -> Explanation:
+    """Explain images [B, C, H, W] with as few patches, in the order of the gate networks, as keep the promise.
+
+    So many `sizes` are tried, at equal distances from nothing upwards; the smallest with KL ≤ ε and an unchanged class is
+    shown, or everything. One forward pass for each size, and one for the whole picture.
+
+    Args:
+        eps: the KL in nats that a masked image may cost; by default the one that the gate networks were trained for.
+    Returns:
+        An `Explanation` whose `mask` is 0 or 1, and is the one that was checked; `scores` and `masks_per_layer` are those of
+        the gate networks.
+    """
+    check_integer("sizes", sizes, 1, 10**4, "cut_to_fit")
+    eps = diffmask.config.eps if eps is None else eps
+    check_numbers(VisionDiffMaskConfig(eps=eps), "cut_to_fit")
+    states = diffmask.view.encode(pixel_values)
+    log_prob = combine_votes(diffmask.votes(states).log_prob_nonzero).unflatten(-1, states.grid)  # [B, K, rows, cols]
+    scores, whole = log_prob[:, -1], states.logits.float()
+    best = [torch.ones_like(scores), whole.clone(), torch.zeros_like(whole[:, 0])]
+    counts = torch.arange(sizes, device=scores.device) * scores[0].numel() / sizes
+    for mask in top_patches(scores, counts.ceil().flip(0)).to(scores.dtype).unbind(1):  # ever smaller
+        logits = diffmask.masked_logits(pixel_values, states, mask).float()
+        kl = kl_divergence(whole, logits)
+        holds = (kl <= eps) & (logits.argmax(-1) == whole.argmax(-1))
+        for kept, found in zip(best, (mask, logits, kl)):
+            kept[holds] = found[holds]
+    mask, masked_logits, kl = best
+    return Explanation(mask, log_prob.exp(), scores, mask.mean(dim=(1, 2)), states.logits, masked_logits, kl)
 
 
 def refine(

@@ -111,6 +111,7 @@ def training_arguments(chosen: RunSettings, output_dir: Path, rhythm: str, **mor
         disable_tqdm=not chosen.enable_progress_bar,
         report_to=chosen.report_to,
         seed=chosen.seed,
+        bf16=chosen.bf16,
         use_cpu=not torch.accelerator.is_available(),  # Trainer wants to be told before it computes in bfloat16 there
         **more,
     )

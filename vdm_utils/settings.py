@@ -16,7 +16,7 @@ from vdm_utils.errors import VDMError, unknown_name
 LIMITS = {
     "batch_size": (1, 2**20), "num_workers": (0, 1024), "num_epochs": (1e-9, 1e9), "log_every_n_steps": (1, 2**32),
     "warmup_steps": (0, 2**32), "gate_warmup_steps": (0, 2**32), "patience": (1, 2**32), "lr": (0, 1e3), "weight_decay": (0, 1e3),
-    "sample_images": (0, 2**20), "refine": (0, 2**20), "block_size": (1, 2**10), "shortcut": (0, 1.001), "patch_dropout": (0, 1), "patch_masking": (0, 1.001), "empty_cells": (0, 1.001), "adam_beta2": (0, 1), "lr_decay": (0, 1.001), "last_layer_share": (0, 1.001), "block_share": (0, 1.001),
+    "sample_images": (0, 2**20), "refine": (0, 2**20), "fit": (0, 10**4), "block_size": (1, 2**10), "shortcut": (0, 1.001), "patch_dropout": (0, 1), "patch_masking": (0, 1.001), "empty_cells": (0, 1.001), "adam_beta2": (0, 1), "lr_decay": (0, 1.001), "last_layer_share": (0, 1.001), "block_share": (0, 1.001),
 }  # fmt: skip
 
 
@@ -84,6 +84,7 @@ class RunSettings(DataSettings):
     augment_cells: bool = option(False, "flip, shift, rotate and stretch every picture of a grid, not the whole grid")
     batch_size: int = option(32, "images per step and device")
     num_workers: int = option(4, "processes that load data; 0 loads in the main process")
+    bf16: bool = option(False, "multiply matrices in bfloat16, where the processor can")
     num_epochs: float = option(5, "passes over the training data")
     max_steps: int = option(-1, "stop after this many steps; -1: after num_epochs")
     log_every_n_steps: int = option(200, "steps between log lines, evaluations and checkpoints")
@@ -126,7 +127,6 @@ class ClassifierSettings(RunSettings):
         0.0, "share of the training grids with some cells left empty; the label counts what is left"
     )
     mimetic_start: bool = option(False, "start the attention of a ViT trained from scratch where trained ones end up")
-    bf16: bool = option(False, "multiply matrices in bfloat16, where the processor can")
     patience: int = option(5, "stop after this many evaluations without a better validation accuracy")
 
     def data_options(self) -> dict:
@@ -196,6 +196,7 @@ class ExplainSettings(DataSettings):
     )
     sample_images: int = option(8, "number of pictures of the dataset that are explained, from the first on")
     layer: int | None = option(None, "show the mask after this gate; default: the last")
+    fit: int = option(0, "try so many sizes of mask, and show the smallest that keeps the promise; 0: do not")
     refine: int = option(
         0, "go on from the gates for so many steps, for each picture by itself; 0: show what the gates say"
     )

@@ -129,12 +129,12 @@ def masked_patches(model: PreTrainedModel, most: float) -> Iterator[None]:
 
 @contextmanager
 def plain_attention(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
-    """Where `wanted`, attention as plain matrix products instead of torch's fused kernel.
+    """Where `wanted`, on a CPU, attention as plain matrix products instead of torch's fused kernel.
 
     In bfloat16 on a CPU the fused one (torch 2.14) spends 40 % of a small ViT's step in its backward pass; in float32, and on
     a GPU, it is the faster one.
     """
-    usual = model.config._attn_implementation
+    usual, wanted = model.config._attn_implementation, wanted and model.device.type == "cpu"
     if wanted:
         model.set_attn_implementation("eager")
     try:
@@ -197,7 +197,6 @@ def train_classifier(
         chosen,
         output_dir,
         "steps" if chosen.max_steps > 0 else "epoch",
-        bf16=chosen.bf16,
         weight_decay=chosen.weight_decay,
         # Trainer's "constant" leaves warm-up out
         lr_scheduler_type=chosen.lr_schedule.replace("constant", "constant_with_warmup"),
@@ -221,7 +220,7 @@ def train_classifier(
     with (
         dropped_patches(model, chosen.patch_dropout),
         masked_patches(model, chosen.patch_masking),
-        plain_attention(model, chosen.bf16 and model.device.type == "cpu"),
+        plain_attention(model, chosen.bf16),
     ):
         run_to_the_end(trainer, resume)
     trainer.save_model()
@@ -407,7 +406,8 @@ def train_diffmask(
     trainer = DiffMaskTrainer(
         diffmask, arguments, chosen, train_dataset=train_data, eval_dataset=eval_data, callbacks=watching
     )
-    run_to_the_end(trainer, resume)
+    with plain_attention(diffmask.base, chosen.bf16):
+        run_to_the_end(trainer, resume)
     trainer.save_model()
     diffmask.eval()
     return trainer.evaluate()
