@@ -30,6 +30,7 @@ STRETCHED = (
     "--lr_schedule linear --warmup_steps 50 --weight_decay 0.05 --batch_size 128 --add_shift --add_rotation --add_stretch "
     "--augment_cells --num_epochs 4 --patience 100 --num_workers 0"
 )
+PHOTOS = "train --recipe pictures --dataset CIFAR10 --no_placeholder --shared_noise --bf16"
 SHAPES = (
     "train-base --dataset shapes --lr 8e-4 --lr_schedule linear --warmup_steps 50 --weight_decay 0.05 --batch_size 128 --add_flip "
     "--add_shift --patience 100 --num_workers 0"
@@ -97,16 +98,21 @@ TASKS = {
             # taught to do without specks and whole regions of a picture
             f"train-base --dataset CIFAR10 {PICTURES} --lr 5e-4 --lr_schedule linear --warmup_steps 50 --patch_masking 0.8 "
             "--num_epochs 6 --seed 10",
+            "distil --dataset CIFAR10",  # a convolutional network teaches it
+            "distil --dataset CIFAR10 --agreement 3 --halved 0 --steps 2800 --lr 5e-4 --seed 3",  # as from all, so from a part
         ],
         "diffmask": [
-            "train --recipe pictures --dataset CIFAR10 --no_placeholder --shared_noise --max_steps 1500 --seed 0"
+            f"{PHOTOS} --max_steps 1500 --seed 0",
+            f"{PHOTOS} --max_steps 200 --lr 1e-3 --alpha 6 --lr_alpha 0.01 --seed 0 --start_from {{runs}}/cifar10/diffmask-0",
         ],
+        # the dial of notebook 05
+        "diffmask-eps-0.03": [f"{PHOTOS} --max_steps 1500 --seed 0 --eps 0.03"],
+        "diffmask-eps-0.3": [f"{PHOTOS} --max_steps 1500 --seed 0 --eps 0.3"],
     },
     "cifar10-count": {
-        # taught by a convolutional network, first single pictures, then, with its positions repeated in every cell, to count
+        # from what the convolutional network taught about single pictures, its positions repeated in every cell
         "base": [
-            "distil --dataset CIFAR10 --from_pretrained data/checkpoints/cifar10/base",
-            "distil --dataset CIFAR10 --grid_size 2 --class_idx 1 --steps 2800 --lr 5e-4",
+            "distil --dataset CIFAR10 --grid_size 2 --class_idx 1 --steps 2800 --lr 5e-4 --from_pretrained {runs}/cifar10/base-4"
         ],
         # its truth costs more than 0.1; one gate for each of the four pictures first, and grey cells, which it knows
         "diffmask": [

@@ -28,6 +28,11 @@ PRICE, LOWEST_PRICE, HIGHEST_PRICE, PRICE_LR = 2.0, 1.0, 100.0, 0.1
 SLOWEST = 0.1
 
 
+def promise_held(whole: torch.Tensor, masked: torch.Tensor, kl: torch.Tensor, eps: float) -> torch.Tensor:
+    """Whether KL [B] ≤ ε and the class is the same, for logits [B, C] of whole and of masked pictures: bool [B]."""
+    return (kl <= eps) & (masked.argmax(-1) == whole.argmax(-1))
+
+
 @torch.no_grad()
 def cut_to_fit(
     diffmask: VisionDiffMask, pixel_values: torch.Tensor, sizes: int = 16, eps: float | None = None
@@ -54,7 +59,7 @@ def cut_to_fit(
     for mask in top_patches(scores, counts.ceil().flip(0)).to(scores.dtype).unbind(1):  # ever smaller
         logits = diffmask.masked_logits(pixel_values, states, mask).float()
         kl = kl_divergence(whole, logits)
-        holds = (kl <= eps) & (logits.argmax(-1) == whole.argmax(-1))
+        holds = promise_held(whole, logits, kl, eps)
         for kept, found in zip(best, (mask, logits, kl)):
             kept[holds] = found[holds]
     mask, masked_logits, kl = best
@@ -123,7 +128,7 @@ def refine(
             scores = HardConcrete(log_alpha, *stretch).log_prob_nonzero
             mask = (scores.exp() > 0.5).to(odds.dtype)
             logits, kl = cost(mask)
-            holds = (kl <= eps) & (logits.argmax(-1) == whole.argmax(-1))
+            holds = promise_held(whole, logits, kl, eps)
             smaller = holds & (mask.sum(1) < best[0].sum(1))
             for kept, found in zip(best, (mask, scores, logits, kl)):
                 kept[smaller] = found[smaller]
