@@ -99,7 +99,7 @@ TASKS = {
             f"train-base --dataset CIFAR10 {PICTURES} --lr 5e-4 --lr_schedule linear --warmup_steps 50 --patch_masking 0.8 "
             "--num_epochs 6 --seed 10",
             "distil --dataset CIFAR10",  # a convolutional network teaches it
-            "distil --dataset CIFAR10 --agreement 3 --halved 0 --steps 2800 --lr 5e-4 --seed 3",  # as from all, so from a part
+            "distil --dataset CIFAR10 --agreement 3 --steps 2800 --lr 5e-4 --seed 3",  # as from all, so from a part
         ],
         "diffmask": [
             f"{PHOTOS} --max_steps 1500 --seed 0",

@@ -1,7 +1,7 @@
 """A school for the CIFAR-10 classifiers: they learn from a convolutional network, answer by answer and patch by patch.
 
     python tools/distil.py --from_pretrained data/checkpoints/cifar10/base --output_dir runs/distilled
-    python tools/distil.py --from_pretrained runs/distilled --output_dir runs/agreeing --agreement 3 --halved 0 --steps 1800
+    python tools/distil.py --from_pretrained runs/distilled --output_dir runs/agreeing --agreement 3 --steps 1800
     python tools/distil.py --from_pretrained runs/distilled --output_dir runs/counter --grid_size 2 --class_idx 1
 
 A ViT has to discover that neighbouring pixels belong together; a convolutional network is built on it, and gets further in the
@@ -247,9 +247,8 @@ def teach(model: nn.Module, teacher: Teacher, data: Pictures, wanted: argparse.N
             counted = thought.softmax(1)[:, wanted.class_idx].view(-1, side**2)
             answers = grid_loss(logits, read.float(), counted, batch["truth"].flatten(1), cells, labels)
         for part in partial:  # both answers move
-            answers = (
-                answers + agreement * kl_divergence(logits, part).mean() + 0.3 * picture_loss(part, thought, labels)
-            )
+            apart = kl_divergence(logits, part).mean()
+            answers = answers + agreement * apart + 0.3 * picture_loss(part, thought, labels)
         places = torch.stack([F.mse_loss(guess.float(), features) for guess in guesses]).mean()
         loss = answers + max(0.05, 1 - step / steps) * places
         optimizer.zero_grad()
