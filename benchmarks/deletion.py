@@ -4,8 +4,8 @@ Patches of test images are replaced, by uniform noise as in the paper, in the or
 last; every number is the mean over 29 points of the curve and over the images, with the half-width of a 95 % bootstrap interval
 over images. With more fills the methods are compared picture by picture as well: a win is one that holds under every fill.
 Refined masks are made with the placeholder, so it is the other fills that judge them. What the masks keep, and at what KL, is
-printed too, also of those that are cut to fit. A mask is a set and not an order; `--dial` makes one of the sets of every ε that ships for the task: their
-log-probabilities are added up.
+printed too, also of those that are cut to fit. A mask is a set and not an order; `--dial` makes one of the sets of every ε that
+ships for the task: their log-probabilities are added up.
 """
 
 from __future__ import annotations
@@ -41,15 +41,14 @@ def main() -> None:
     diffmask, chosen, batch = shipped(wanted.task, wanted.images)
     pictures, labels = batch["pixel_values"], batch["labels"]
     parts = pictures.split(100)
-    shown = {
-        "DiffMask": [diffmask.explain(part) for part in parts],
-        "DiffMask, cut to fit": [cut_to_fit(diffmask, part) for part in parts],
-    }
+    shown = {"DiffMask": [diffmask.explain(part) for part in parts]}
     if wanted.refine:
         shown["DiffMask, refined"] = [refine(diffmask, part, wanted.refine) for part in parts]
     ours = list(shown)[-1]
     facts = []
-    for name, explained in shown.items():
+    # these have the order of the gates, so only what they keep is new
+    cut = {"DiffMask, cut to fit": [cut_to_fit(diffmask, part) for part in parts]}
+    for name, explained in (shown | cut).items():
         kept = pd.concat([promise(one, diffmask.config.eps) for one in explained], ignore_index=True)
         predicted = torch.cat([one.logits for one in explained]).argmax(-1)
         facts.append(
@@ -57,7 +56,6 @@ def main() -> None:
         )
     facts = pd.concat(facts)
     print(facts.groupby("method")[["kept", "KL", "KL ≤ ε", "same class"]].mean().round(3).to_string(), flush=True)
-    del shown["DiffMask, cut to fit"]  # the order is that of the gates
     scores = {name: torch.cat([one.scores for one in explained]) for name, explained in shown.items()}
     if wanted.dial:
         others = [checkpoint(wanted.task, f"diffmask-eps-{eps}") for eps in (0.03, 0.3)]

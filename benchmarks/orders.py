@@ -27,7 +27,7 @@ from vdm_utils.diffmask import Explanation, VisionDiffMask
 from vdm_utils.explorers import with_mask
 from vdm_utils.metrics import top_patches
 from vdm_utils.objective import kl_divergence
-from vdm_utils.refine import refine
+from vdm_utils.refine import promise_held, refine
 
 SHARES = torch.arange(1, 17) / 16
 BINS, ENOUGH = 10, 0.85
@@ -59,8 +59,8 @@ def promises_kept(
     states, kept = diffmask.view.encode(pixel_values), []
     for mask in sizes(scores, SHARES).unbind(1):
         logits = diffmask.masked_logits(pixel_values, states, mask)
-        same = logits.argmax(-1) == shown.logits.argmax(-1)
-        kept.append(same & (kl_divergence(shown.logits, logits) <= diffmask.config.eps))
+        kl = kl_divergence(shown.logits, logits)
+        kept.append(promise_held(shown.logits, logits, kl, diffmask.config.eps))
     return torch.stack(kept, 1)
 
 

@@ -199,9 +199,8 @@ def test_both_jobs_can_multiply_in_half_precision(capsys, tmp_path, monkeypatch)
             assert run(capsys, *words, *split(line), "--output_dir", tmp_path / f"{name} {job}")[0] == 0
             assert (torch.bfloat16 in kinds) == (name == "half"), job
             kind = torch.bfloat16 if name == "half" else torch.float32
-            assert ((kind, True) in fused) == (name == "full"), (
-                job
-            )  # in half precision its backward pass is slow on a CPU
+            # in half precision its backward pass is slow on a CPU
+            assert ((kind, True) in fused) == (name == "full"), job
         assert load_classifier(tmp_path / f"{name} base").config._attn_implementation == "sdpa"
         trained = VisionDiffMask.from_pretrained(tmp_path / f"{name} mask")
         assert {p.dtype for p in [*trained.parameters(), *trained.base.parameters()]} == {torch.float32}

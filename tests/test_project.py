@@ -162,9 +162,8 @@ def test_patches_are_missing_from_the_second_of_two_views():
     share = second.float().mean(1)
     assert not first.any() and 0.18 < share.min() < 0.25 and 0.8 < share.max() < 0.87
     board = missing.board[None].expand(300, -1)
-    same_colour = (
-        (second == board.bool()).float().mean(1) - 0.5
-    ).abs() * 2  # 1: a whole colour of the board, and no other
+    # 1: a whole colour of the board, and no other
+    same_colour = ((second == board.bool()).float().mean(1) - 0.5).abs() * 2
     assert (same_colour > 0.8).any() and (same_colour < 0.05).sum() > 100
     # what is blank is without effect, and what is not is not
     views = pictures[:2].repeat(2, 1, 1, 1)
