@@ -1,4 +1,4 @@
-"""The paper's deletion curves on a shipped pair: `python benchmarks/deletion.py cifar10 --refine 100 --fills all`.
+"""The paper's deletion curves on a shipped pair: `python benchmarks/deletion.py cifar10 --refine 50 --fills all`.
 
 Patches of test images are replaced, by uniform noise as in the paper, in the order of each method, important ones first or
 last; every number is the mean over 29 points of the curve and over the images, with the half-width of a 95 % bootstrap interval
@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=DATASETS)
     parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--refine", type=int, default=0, help="steps of refinement for each image; 0: not measured")
+    parser.add_argument("--refine", type=int, default=0, help="steps of every search of a refinement; 0: not measured")
     parser.add_argument("--dial", action="store_true", help="also the order that all ε together give")
     parser.add_argument("--fills", nargs="+", default=["noise"], choices=[*FILLS, "all"])
     parser.add_argument("--table", type=Path, help="CSV to write; …_pictures.csv and …_paired.csv go beside it")

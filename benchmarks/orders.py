@@ -6,8 +6,8 @@ nats, and the share of pictures with KL ≤ ε and with the same class, under th
 
 How many are needed differs from picture to picture. "cut to fit" asks the classifier: of 16 sizes the smallest that keeps both
 promises. "by entropy" only looks at how unsure the answer on the whole picture is: for every tenth of the validation pictures,
-in the order of that entropy, the smallest size that keeps both promises on 85 % of them. The last rows are the DiffMask's own
-masks, and those refined for one picture at a time, with what they keep.
+in the order of that entropy, the smallest size that keeps both promises on 85 % of them. The last row
+shows the masks of the DiffMask as they are.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vdm_utils.diffmask import Explanation, VisionDiffMask
 from vdm_utils.explorers import with_mask
 from vdm_utils.metrics import top_patches
 from vdm_utils.objective import kl_divergence
-from vdm_utils.refine import promise_held, refine
+from vdm_utils.refine import promise_held
 
 SHARES = torch.arange(1, 17) / 16
 BINS, ENOUGH = 10, 0.85
@@ -77,7 +77,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=DATASETS)
     parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--refine", type=int, default=100, help="steps of the refined masks; 0 leaves them out")
     parser.add_argument("--table", type=Path, help="CSV to write")
     wanted = parser.parse_args()
     transformers_logging.disable_progress_bar()
@@ -115,8 +114,6 @@ def main() -> None:
         cut("cut to fit", SHARES[kept.int().argmax(1)])
         cut("by entropy", size_by_entropy(entropy, before, asked))
     note("Vision DiffMask", "as shown", shown)
-    if wanted.refine:
-        note("refined", "as shown", [refine(diffmask, part, wanted.refine) for part in parts])
     if wanted.table:
         pd.DataFrame.from_dict(rows, orient="index").rename_axis(["order", "patches"]).to_csv(
             wanted.table, float_format="%.4f"

@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=DATASETS)
     parser.add_argument("--images", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=50, help="of every search")
     parser.add_argument("--eps", type=float, nargs="+", default=[0.03, 0.1, 0.3])
     parser.add_argument("--seeds", type=int, default=5, help="refinements with the ε of the gate networks")
     parser.add_argument("--table", type=Path, help="CSV to write; the agreement of the seeds goes to …_seeds.csv")

@@ -1,25 +1,28 @@
-"""Masks that keep their promise on every picture: the order of the gates cut to fit, or gates of its own for every picture.
+"""Masks that keep their promise on every picture: an order of the patches, and as few of the first as the classifier needs.
 
-The gate networks rank the patches. `cut_to_fit` asks the classifier how many of the first are needed: one forward pass for each
-size that is tried, and so few masks to choose from that there is little room for luck.
+`cut_to_fit` takes the order of the gate networks (or of any other method) and asks the classifier how many: one forward pass for
+each size that is tried, and so few masks to choose from that there is little room for luck.
 
 Gate networks are *amortised*: one rule for all pictures, one forward pass for each. Where no such rule can be learned from the
 hidden states (CIFAR-10 in notebook 05), the same game can still be played for every picture by itself (the comparison of De
-Cao et al. 2020, section 2.3). It costs hundreds of passes, and it may find what is true of this picture by chance only, so judge
-such a mask by another fill than the one it was made with (`metrics.deletion_curves`).
+Cao et al. 2020, section 2.3). Many masks suffice, and one search finds one of them by chance; `refine` searches several times,
+ranks a patch by how often it was found, and cuts that order to fit. It costs hundreds of passes; judge such a mask by another
+fill than the one it was made with (`metrics.deletion_curves`).
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import torch
 
 from vdm_utils.diffmask import Explanation, VisionDiffMask, VisionDiffMaskConfig, check_numbers
-from vdm_utils.errors import check_integer
+from vdm_utils.errors import VDMError, check_integer
 from vdm_utils.gates import HardConcrete, combine_votes
 from vdm_utils.metrics import top_patches
 from vdm_utils.objective import Multiplier, expected_l0, kl_divergence, lagrangian
+from vdm_utils.vit import PatchStates
 
 # |log_alpha| to begin with: a gate that the networks have closed for good would get no gradient
 LARGEST_START = 1.0
@@ -33,9 +36,19 @@ def promise_held(whole: torch.Tensor, masked: torch.Tensor, kl: torch.Tensor, ep
     return (kl <= eps) & (masked.argmax(-1) == whole.argmax(-1))
 
 
+def _epsilon(diffmask: VisionDiffMask, eps: float | None, where: str) -> float:
+    eps = diffmask.config.eps if eps is None else eps
+    check_numbers(VisionDiffMaskConfig(eps=eps), where)
+    return eps
+
+
 @torch.no_grad()
 def cut_to_fit(
-    diffmask: VisionDiffMask, pixel_values: torch.Tensor, sizes: int = 16, eps: float | None = None
+    diffmask: VisionDiffMask,
+    pixel_values: torch.Tensor,
+    sizes: int = 16,
+    eps: float | None = None,
+    scores: torch.Tensor | None = None,
 ) -> Explanation:
     """Explain images [B, C, H, W] with as few patches, in the order of the gate networks, as keep the promise.
 
@@ -44,19 +57,24 @@ def cut_to_fit(
 
     Args:
         eps: the KL in nats that a masked image may cost; by default the one that the gate networks were trained for.
+        scores: another order, [B, rows, cols], large values first (`attributions.METHODS` give some); by default log P(z ≠ 0)
+            of the gate networks.
     Returns:
-        An `Explanation` whose `mask` is 0 or 1, and is the one that was checked; `scores` and `masks_per_layer` are those of
-        the gate networks.
+        An `Explanation` whose `mask` is 0 or 1, and is the one that was checked; `scores` are those of the order,
+        `masks_per_layer` those of the gate networks.
     """
     check_integer("sizes", sizes, 1, 10**4, "cut_to_fit")
-    eps = diffmask.config.eps if eps is None else eps
-    check_numbers(VisionDiffMaskConfig(eps=eps), "cut_to_fit")
+    eps = _epsilon(diffmask, eps, "cut_to_fit")
     states = diffmask.view.encode(pixel_values)
     log_prob = combine_votes(diffmask.votes(states).log_prob_nonzero).unflatten(-1, states.grid)  # [B, K, rows, cols]
-    scores, whole = log_prob[:, -1], states.logits.float()
-    best = [torch.ones_like(scores), whole.clone(), torch.zeros_like(whole[:, 0])]
+    scores = log_prob[:, -1] if scores is None else scores
+    if scores.shape != log_prob[:, -1].shape:
+        raise VDMError("these scores are not an order of the patches", where="cut_to_fit", expected=list(log_prob[:, -1].shape),
+                       got=list(scores.shape), fix="give one score for every patch of every picture")  # fmt: skip
+    whole = states.logits.float()
+    best = [torch.ones_like(log_prob[:, -1]), whole.clone(), torch.zeros_like(whole[:, 0])]
     counts = torch.arange(sizes, device=scores.device) * scores[0].numel() / sizes
-    for mask in top_patches(scores, counts.ceil().flip(0)).to(scores.dtype).unbind(1):  # ever smaller
+    for mask in top_patches(scores, counts.ceil().flip(0)).to(best[0].dtype).unbind(1):  # ever smaller
         logits = diffmask.masked_logits(pixel_values, states, mask).float()
         kl = kl_divergence(whole, logits)
         holds = promise_held(whole, logits, kl, eps)
@@ -69,54 +87,71 @@ def cut_to_fit(
 def refine(
     diffmask: VisionDiffMask,
     pixel_values: torch.Tensor,
-    steps: int = 100,
-    lr: float = 0.15,
+    steps: int = 50,
+    searches: int = 8,
+    lr: float = 0.3,
     seed: int = 0,
     eps: float | None = None,
 ) -> Explanation:
     """Explain images [B, C, H, W] with gates of their own that start from what the gate networks say.
 
-    Every step draws one mask per picture and plays the game of `objective`, with one multiplier per picture; then the gates
-    are closed or opened (P(z ≠ 0) > ½), and the smallest such mask with KL ≤ ε and an unchanged class is kept. So the promise
-    holds for every picture, at worst with everything kept. Three forward passes and one backward pass per step.
+    Every step draws one mask per picture and plays the game of `objective`, with one multiplier per picture: a forward pass
+    and a backward pass. All `searches` begin at the same place and differ in their draws. What they found is averaged, and
+    that order is cut to fit; so is the one of the gate networks, which stays where it needs fewer patches. So the promise
+    holds for every picture, at worst with everything kept.
 
     Args:
-        lr: of log_alpha, in Adam. A longer search with a smaller one ranks the patches better.
+        steps: of each search.
+        lr: of log_alpha, in Adam.
         seed: of the draws; torch's global random state is left alone.
         eps: the KL in nats that a masked image may cost; by default the one that the gate networks were trained for.
     Returns:
-        An `Explanation` whose `mask` is 0 or 1, and is the one that was checked. `scores` are log P(z ≠ 0) of its gates,
-        `masks_per_layer` those of the gate networks, before refinement.
+        An `Explanation` as of `cut_to_fit`. `scores` are log P(z ≠ 0) of a gate that is drawn from one of the searches, or of
+        the gate networks.
     """
     check_integer("steps", steps, 1, 10**6, "refine")
+    check_integer("searches", searches, 1, 10**4, "refine")
+    eps = _epsilon(diffmask, eps, "refine")
     config, states = diffmask.config, diffmask.view.encode(pixel_values)
-    eps = config.eps if eps is None else eps
-    check_numbers(VisionDiffMaskConfig(eps=eps), "refine")
-    stretch = config.temperature, config.low, config.high
-    whole = states.logits.float()  # [B, C]
-
-    def cost(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [B, C] of the masked pictures, and their KL [B]."""
-        logits = diffmask.masked_logits(pixel_values, states, mask).float()
-        return logits, kl_divergence(whole, logits)
-
     with torch.no_grad():
-        log_prob = combine_votes(diffmask.votes(states).log_prob_nonzero)  # [B, K, N]
-    odds = torch.logit(log_prob[:, -1].exp(), eps=1e-6)
-    log_alpha = odds + config.temperature * math.log(-config.low / config.high)  # the inverse of P(z ≠ 0), [B, N]
-    log_alpha = log_alpha.clamp(-LARGEST_START, LARGEST_START).requires_grad_()
-    multiplier = Multiplier(len(odds), PRICE, LOWEST_PRICE, HIGHEST_PRICE, log_space=True).to(odds.device)
+        log_prob = combine_votes(diffmask.votes(states).log_prob_nonzero)[:, -1]  # [B, N]
+    odds = torch.logit(log_prob.exp(), eps=1e-6)
+    start = odds + config.temperature * math.log(-config.low / config.high)  # the inverse of P(z ≠ 0), [B, N]
+    start = start.clamp(-LARGEST_START, LARGEST_START)
+    generator = torch.Generator(start.device).manual_seed(seed)
+    found = [_search(diffmask, pixel_values, states, start, eps, steps, lr, generator) for _ in range(searches)]
+    scores = torch.stack(found).mean(0).log().float().unflatten(-1, states.grid)
+    searched, before = (cut_to_fit(diffmask, pixel_values, eps=eps, scores=order) for order in (scores, None))
+    larger = searched.kept > before.kept  # [B]
+    for new, old in ((getattr(searched, fact.name), getattr(before, fact.name)) for fact in fields(Explanation)):
+        new[larger] = old[larger]
+    return searched
+
+
+def _search(
+    diffmask: VisionDiffMask,
+    pixel_values: torch.Tensor,
+    states: PatchStates,
+    start: torch.Tensor,
+    eps: float,
+    steps: int,
+    lr: float,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """P(z ≠ 0) of gates [B, N] that began at log_alpha = `start`: one game for each picture. In float64, where an open gate
+    is still told from a wide open one."""
+    config, whole = diffmask.config, states.logits.float()  # [B, C]
+    log_alpha = start.clone().requires_grad_()
+    multiplier = Multiplier(len(start), PRICE, LOWEST_PRICE, HIGHEST_PRICE, log_space=True).to(start.device)
     players = [log_alpha, multiplier.parameter]
     groups = [{"params": players[:1], "lr": lr}, {"params": players[1:], "lr": PRICE_LR, "maximize": True}]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     slow_down = [lambda step: 1 - (1 - SLOWEST) * step / steps, lambda step: 1.0]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, slow_down)
-    generator = torch.Generator(odds.device).manual_seed(seed)
-    # to begin with everything is kept, and nothing has changed
-    best = [torch.ones_like(odds), torch.zeros_like(odds), whole.clone(), torch.zeros_like(whole[:, 0])]
     for _ in range(steps):
-        gates = HardConcrete(log_alpha, *stretch)
-        kl = cost(gates.rsample(generator=generator))[1]  # [B]
+        gates = HardConcrete(log_alpha, config.temperature, config.low, config.high)
+        drawn = gates.rsample(generator=generator)
+        kl = kl_divergence(whole, diffmask.masked_logits(pixel_values, states, drawn).float())  # [B]
         primal = lagrangian(expected_l0(gates.log_prob_nonzero), kl, multiplier.value, eps)  # [B]
         dual = multiplier.dual_objective(slice(None), kl - eps)  # [B]
         # not backward(): the placeholder is not a player here
@@ -124,14 +159,4 @@ def refine(
         optimizer.step()
         schedule.step()
         multiplier.clamp_()
-        with torch.no_grad():
-            scores = HardConcrete(log_alpha, *stretch).log_prob_nonzero
-            mask = (scores.exp() > 0.5).to(odds.dtype)
-            logits, kl = cost(mask)
-            holds = promise_held(whole, logits, kl, eps)
-            smaller = holds & (mask.sum(1) < best[0].sum(1))
-            for kept, found in zip(best, (mask, scores, logits, kl)):
-                kept[smaller] = found[smaller]
-    mask, scores, masked_logits, kl = best
-    mask, scores, per_layer = (x.unflatten(-1, states.grid) for x in (mask, scores, log_prob.exp()))
-    return Explanation(mask, per_layer, scores, mask.mean(dim=(1, 2)), states.logits, masked_logits, kl)
+    return HardConcrete(log_alpha.detach().double(), config.temperature, config.low, config.high).prob_nonzero

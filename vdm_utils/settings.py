@@ -198,7 +198,7 @@ class ExplainSettings(DataSettings):
     layer: int | None = option(None, "show the mask after this gate; default: the last")
     fit: int = option(0, "try so many sizes of mask, and show the smallest that keeps the promise; 0: do not")
     refine: int = option(
-        0, "go on from the gates for so many steps, for each picture by itself; 0: show what the gates say"
+        0, "search from the gates on, eight times so many steps, for each picture by itself; 0: show what the gates say"
     )
 
 
