@@ -176,10 +176,16 @@ def test_the_second_school_of_shapes_ends_where_the_readme_says():
 
 
 def test_refined_masks_are_better_where_the_readme_says():
-    paired = pd.read_csv(ROOT / "benchmarks" / "results" / "deletion_cifar10_paired.csv")
-    paired = paired[paired["measure"] == "probability"]
+    table = pd.read_csv(ROOT / "benchmarks" / "results" / "deletion_cifar10_paired.csv")
+    paired = table[table["measure"] == "probability"]
     assert set(paired["fill"]) == {"mean colour", "noise", "token removal"} and len(paired) == 18
     assert set(paired["other"]) == {"rollout", "Grad-CAM", "random"} and (paired["low"] > 0).all()
+    by_kl = table[
+        (table["measure"] == "kl") & (table["low"] <= 0)
+    ]  # where the KL does not decide as the probability does
+    assert (
+        set(zip(by_kl["other"], by_kl["direction"])) == {("rollout", "important first")} and (by_kl["high"] > 0).all()
+    )
     kept = (
         pd.read_csv(ROOT / "benchmarks" / "results" / "deletion_cifar10_pictures.csv").groupby("method")["kept"].mean()
     )
