@@ -51,7 +51,7 @@ def test_a_message_stays_short_whatever_was_got():
 def test_the_nearest_name_is_suggested(name, nearest):
     message = str(unknown_name("dataset", name, data.DATASETS, "load_data"))
     assert all(known in message for known in data.DATASETS)
-    assert f"did you mean {nearest!r}?" in message if nearest else "choose a dataset from the list" in message
+    assert f"did you mean {nearest!r}?" in message if nearest else "choose one from the list" in message
 
 
 # ---------------------------------------------------------------- data

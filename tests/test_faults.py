@@ -288,7 +288,7 @@ OPTIONS = {  # name: (dataset, options, words of the message)
     "misspelt dataset": ("CIFAR", {}, "did you mean 'CIFAR10'?"),
     "dataset in small letters": ("imagenet", {}, "did you mean 'ImageNet'?"),
     "misspelt grid": ("digit_QA", {}, "did you mean 'digits_QA'?"),
-    "dataset of another world": ("zzzz", {}, "choose a dataset"),
+    "dataset of another world": ("zzzz", {}, "choose one from the list"),
     "a very long dataset": ("toy" * 10_000, {}, "unknown dataset"),
     "no dataset": (None, {}, "unknown dataset None"),
     "empty dataset": ("", {}, "unknown dataset ''"),

@@ -37,5 +37,5 @@ def unknown_name(kind: str, name: object, known: Iterable[str], where: str) -> V
     # the beginning of a name can be too short to look like it: val, validation
     close = [k for k in spelled if len(text) > 2 and k.startswith(text)]
     close = close or difflib.get_close_matches(text, spelled, n=1, cutoff=0.5)
-    fix = f"did you mean {spelled[close[0]]!r}?" if close else f"choose a {kind} from the list"
+    fix = f"did you mean {spelled[close[0]]!r}?" if close else "choose one from the list"
     return VDMError(f"unknown {kind} {name!r}"[:100], where=where, expected=", ".join(known), got=repr(name), fix=fix)  # fmt: skip
