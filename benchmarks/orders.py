@@ -6,8 +6,8 @@ nats, and the share of pictures with KL ≤ ε and with the same class, under th
 
 How many are needed differs from picture to picture. "cut to fit" asks the classifier: of 16 sizes the smallest that keeps both
 promises. "by entropy" only looks at how unsure the answer on the whole picture is: for every tenth of the validation pictures,
-in the order of that entropy, the smallest size that keeps both promises on 85 % of them. The last row
-shows the masks of the DiffMask as they are.
+in the order of that entropy, the smallest size that keeps both promises on 85 % of them. The last row shows the masks of the
+DiffMask as they are.
 """
 
 from __future__ import annotations

@@ -112,16 +112,15 @@ def refine(
     check_integer("steps", steps, 1, 10**6, "refine")
     check_integer("searches", searches, 1, 10**4, "refine")
     eps = _epsilon(diffmask, eps, "refine")
+    before = cut_to_fit(diffmask, pixel_values, eps=eps)
     config, states = diffmask.config, diffmask.view.encode(pixel_values)
-    with torch.no_grad():
-        log_prob = combine_votes(diffmask.votes(states).log_prob_nonzero)[:, -1]  # [B, N]
-    odds = torch.logit(log_prob.exp(), eps=1e-6)
+    odds = torch.logit(before.scores.flatten(1).exp(), eps=1e-6)
     start = odds + config.temperature * math.log(-config.low / config.high)  # the inverse of P(z ≠ 0), [B, N]
     start = start.clamp(-LARGEST_START, LARGEST_START)
     generator = torch.Generator(start.device).manual_seed(seed)
     found = [_search(diffmask, pixel_values, states, start, eps, steps, lr, generator) for _ in range(searches)]
     scores = torch.stack(found).mean(0).log().float().unflatten(-1, states.grid)
-    searched, before = (cut_to_fit(diffmask, pixel_values, eps=eps, scores=order) for order in (scores, None))
+    searched = cut_to_fit(diffmask, pixel_values, eps=eps, scores=scores)
     larger = searched.kept > before.kept  # [B]
     for new, old in ((getattr(searched, fact.name), getattr(before, fact.name)) for fact in fields(Explanation)):
         new[larger] = old[larger]
