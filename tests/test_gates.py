@@ -138,6 +138,16 @@ def test_a_gate_looks_at_both_inputs_and_at_its_own_patch_only(normalize):
         assert (network(*inputs) != before).nonzero().tolist() == [[1, 4]]
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_inputs_prepared_once_are_those_of_every_gate(normalize):
+    embeddings, hidden = 60 * torch.randn(2, 9, 8), torch.randn(2, 9, 8)
+    gates = [gate_network(normalize=normalize) for _ in range(3)]
+    assert torch.equal(gates[0].prepare(embeddings), embeddings) != normalize
+    for gate in gates:
+        prepared = gate(gates[0].prepare(embeddings), hidden, ready=True)
+        assert torch.equal(prepared, gate(embeddings, hidden))
+
+
 def test_zero_start_begins_at_add_and_can_leave_it():
     network, inputs = gate_network(zero_start=True), (torch.randn(2, 9, 8), torch.randn(2, 9, 8))
     log_alpha = network(*inputs)

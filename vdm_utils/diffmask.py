@@ -211,8 +211,10 @@ class VisionDiffMask(PreTrainedModel):
         """The votes of gates 0..upto (all by default) as one distribution of shape [B, k, N]."""
         last = self.config.num_gates - 1 if upto is None else upto
         dtype = self.multiplier.parameter.dtype  # of the gates, whatever the precision of the base
-        embeddings = states.embeddings.to(dtype)
-        log_alpha = [gate(embeddings, h.to(dtype)) for gate, h in zip(self.gates[: last + 1], states.hidden)]
+        embeddings = self.gates[0].prepare(states.embeddings.to(dtype))  # once for all gates
+        log_alpha = [
+            gate(embeddings, h.to(dtype), ready=True) for gate, h in zip(self.gates[: last + 1], states.hidden)
+        ]
         return HardConcrete(torch.stack(log_alpha, dim=1), self.config.temperature, self.config.low, self.config.high)
 
     def masked_logits(self, pixel_values: torch.Tensor, states: PatchStates, mask: torch.Tensor) -> torch.Tensor:

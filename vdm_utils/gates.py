@@ -111,11 +111,14 @@ class GateNetwork(nn.Module):
             nn.init.zeros_(self.outer.weight)
             nn.init.zeros_(self.outer.bias)
 
-    def forward(self, embeddings: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """`embeddings` h_0 and `hidden` h_k, both [B, N, d] → log_alpha [B, N]."""
-        if self.normalize:
-            embeddings = F.layer_norm(embeddings, embeddings.shape[-1:])
-            hidden = F.layer_norm(hidden, hidden.shape[-1:])
+    def prepare(self, states: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, N, d] as this network takes them: it has no weights here, so gates can share the work."""
+        return F.layer_norm(states, states.shape[-1:]) if self.normalize else states
+
+    def forward(self, embeddings: torch.Tensor, hidden: torch.Tensor, ready: bool = False) -> torch.Tensor:
+        """`embeddings` h_0 and `hidden` h_k, both [B, N, d] → log_alpha [B, N]; `ready`: h_0 went through `prepare` already."""
+        embeddings = embeddings if ready else self.prepare(embeddings)
+        hidden = self.prepare(hidden)
         seen = torch.cat([embeddings, hidden], dim=-1)  # [B, N, 2d]
         vote = self.outer(torch.tanh(self.inner(seen))).squeeze(-1)  # [B, N]
         return self.mul * torch.tanh(vote) + self.add
