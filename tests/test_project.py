@@ -90,9 +90,17 @@ def _ignored(path):
     return any(part in skipped for part in path.relative_to(ROOT).parts)
 
 
-def test_readme_links_exist():
-    for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
-        assert link.startswith("http") or (ROOT / link).exists(), link
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "benchmarks" / "README.md"], ids=["readme", "benchmarks"])
+def test_links_exist(page):
+    text = page.read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.*)", text, re.M)
+    anchors = {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings
+    }  # as GitHub makes them
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        file, _, anchor = link.partition("#")
+        assert link.startswith("http") or (page.parent / file).exists(), link
+        assert file or anchor in anchors, link
 
 
 CHECKPOINTS = sorted(path.parent for path in (ROOT / "data" / "checkpoints").glob("*/*/card.json"))

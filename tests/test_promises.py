@@ -1,4 +1,5 @@
-"""What README.md says is kept by tests (`promises.toml` says which), and its numbers are those of files and shipped models."""
+"""What README.md and benchmarks/README.md say is kept by tests (`promises.toml` says which), and their numbers are those of files
+and shipped models."""
 
 import ast
 import importlib
@@ -24,7 +25,8 @@ from vdm_utils.training import ClassifierSettings, DiffMaskSettings, evaluate_cl
 from vdm_utils.vit import load_classifier
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, MEASURED = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "benchmarks/README.md"))
+PAGES = README + MEASURED
 PROMISES = tomllib.loads((ROOT / "tests" / "promises.toml").read_text(encoding="utf-8"))["promises"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 
@@ -34,16 +36,14 @@ def flat(text):
     return " ".join(text.split())
 
 
-def chapter(heading):
+def chapter(heading, page=README):
     """The text of one `## heading`."""
-    return re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", README, re.S | re.M).group(1)
+    return re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", page, re.S | re.M).group(1)
 
 
-def claim(title):
-    """The paragraphs and tables that begin with **title** in the chapter of measurements."""
-    return re.search(rf"^\*\*{re.escape(title)}\*\*(.*?)(?=^\*\*|\Z)", chapter("What was measured"), re.S | re.M).group(
-        1
-    )
+def claim(heading):
+    """The same, of the page of measurements."""
+    return chapter(heading, MEASURED)
 
 
 def names_of_tests(path):
@@ -58,8 +58,8 @@ def names_of_tests(path):
 
 
 @pytest.mark.parametrize("entry", PROMISES, ids=lambda entry: entry["promise"][:40])
-def test_a_promise_stands_in_the_readme_and_is_kept(entry):
-    assert flat(entry["promise"]) in flat(README)
+def test_a_promise_stands_there_and_is_kept(entry):
+    assert flat(entry["promise"]) in flat(PAGES)
     assert entry["kept_by"]
     for test in entry["kept_by"]:
         file, _, name = test.partition("::")
@@ -74,12 +74,12 @@ def unkept(paragraphs):
 
 
 def test_every_measurement_and_difference_has_a_promise():
-    measured = re.split(r"^(?=\*\*)", chapter("What was measured"), flags=re.M)[1:]
+    measured = re.split(r"^(?=## )", MEASURED, flags=re.M)[1:]
     different = re.split(r"^(?=- )", chapter("What differs from the published implementation"), flags=re.M)[1:]
     rows = re.findall(r"^\| \[.*$", chapter("The notebooks"), re.M)
     assert len(measured) >= 10 and len(different) >= 7 and len(rows) == len(NOTEBOOKS)
     assert unkept([*measured, *different, *rows]) == []
-    for heading in ("From the command line", "The notebooks"):
+    for heading in ("From the command line", "The notebooks", "What was measured"):
         assert unkept([chapter(heading)]) == []
 
 
@@ -95,6 +95,57 @@ def rows(text):
 def agrees(told, value):
     """Whether a printed number is `value`, rounded; a tenth of its last digit is left to other machines."""
     return abs(float(told) - value) <= 0.6 * 10.0 ** -len(told.partition(".")[2])
+
+
+def percent(text):
+    """The number of "99 %" or of "0.99", as a share."""
+    return float(text.rstrip(" %")) / (100 if "%" in text else 1)
+
+
+def bare(cells):
+    return [cell.rstrip(" %") for cell in cells]
+
+
+def test_the_short_table_of_masks_says_what_the_long_ones_do():
+    short = {name: told for name, *told in rows(chapter("What was measured")) if len(told) == 6}
+    titles = {"handwritten digits": "Digits", "counted digits, 3×3": "Counting digits", "drawn shapes": "Shapes"}
+    for name, title in titles.items():
+        told = [re.search(pattern, flat(claim(title))).group(1) for pattern in NUMBERS.values()]
+        assert bare(short[name][:5]) == told, name
+        assert title == "Digits" or short[name][5] in flat(claim(title)).replace("*", ""), name
+    right, _, *told, mass = bare(short["counted photographs, 2×2"])
+    text = flat(claim("Counting photographs"))
+    assert f"exact on {right} %" in text and f"{mass} % of the masks' mass" in text
+    assert "mean KL is {}, KL ≤ ε on {} %, the same count on {} %".format(*told) in text
+    long = {name: told for name, *told in rows(claim("CIFAR-10")) if len(told) == 6}
+    ways = {"gate networks alone": "DiffMask", "cut to fit": "DiffMask, cut to fit", "refined": "DiffMask, refined"}
+    for ours, theirs in ways.items():
+        told = [round(percent(cell), 3) for cell in short[f"CIFAR-10, {ours}"][1:5]]
+        assert told == list(map(float, long[theirs][2:])), ours
+    assert set(short) == {*titles, "counted photographs, 2×2", *(f"CIFAR-10, {ours}" for ours in ways)}
+
+
+def test_the_short_table_of_curves_says_what_the_long_ones_do():
+    shapes = {name: told for name, *told in rows(claim("Shapes"))}
+    photos = {name: told[:2] for name, *told in rows(claim("CIFAR-10")) if len(told) == 6}
+    curves = {name: told for name, *told in rows(chapter("What was measured")) if name in photos}
+    assert len(curves) == 5
+    for name, told in curves.items():
+        assert told == [*shapes.get(name, ["", ""]), *photos[name]], name
+
+
+def test_the_short_sentences_say_what_the_long_ones_do():
+    text = flat(chapter("What was measured"))
+    step, mask = rows(claim("Cost"))
+    told = re.search(r"costs ([\d.]+) .* a mask ([\d.]+) .*: ([\d.]+) and ([\d.]+)\)", text).groups()
+    assert told == (step[1], mask[1], step[2], mask[2])
+    shares = re.search(r"a chessboard keeps (\d+) %, random patches (\d+) %, and their order (\d+) %", text).groups()
+    sizes = {name: told[0] for name, *told in rows(claim("CIFAR-10")) if len(told) == 2 and "cut to fit" in name}
+    for order, share in zip(("every other patch", "random patches", "DiffMask's order"), shares):
+        assert sizes[f"{order}, cut to fit"].startswith(f"0.{share},"), order
+    found = [re.findall(r"\d+", row[1]) for row in rows(claim("Recovery"))]
+    assert list(re.search(r"on \*\*(\d+) of (\d+)\*\*", text).groups()) == [str(sum(map(int, n))) for n in zip(*found)]
+    assert f"finds {re.search(r'on digits it fails with ([0-9.]+)', flat(claim('Sanity checks'))).group(1)}" in text
 
 
 def test_recovery_table_is_that_of_the_runs():
@@ -170,7 +221,7 @@ def test_the_second_school_of_shapes_ends_where_the_readme_says():
         already[1],
         100 * on_object,
     )
-    table = [row[-1].rstrip(" %") for row in rows(claim("The classifier comes first."))]
+    table = [row[-1].rstrip(" %") for row in rows(claim("The classifier comes first"))]
     assert len(table) == 4 and all(map(agrees, table, measured)), (table, measured)
     assert f"are {100 * touched.mean():.0f} % of a picture" in told
 
@@ -263,7 +314,7 @@ def test_sizes_of_masks_are_those_of_the_runs():
 def test_a_school_in_which_parts_agree_is_worth_what_the_readme_says():
     card = json.loads(Path(checkpoint("cifar10", "base"), "card.json").read_text())["test"]
     accuracies = card["accuracy before the last three stages"], card["accuracy"]
-    table = rows(claim("What the school was worth."))
+    table = rows(claim("What the school was worth"))
     for (_, right, half, cut), accuracy, suffix in zip(table, accuracies, ("_before", ""), strict=True):
         run = pd.read_csv(ROOT / "benchmarks" / "results" / f"orders_cifar10{suffix}.csv").set_index(
             ["order", "patches"]
@@ -438,7 +489,7 @@ def test_commands_of_the_readme_exist():
         r"\bmake ([a-z][\w-]*)\b(?= |`|$)", "\n".join(re.findall(r"`make [^`]*`|^make .*", README, re.M)), re.M
     )
     assert len(targets) >= 6 and all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
-    for program in re.findall(r"python (benchmarks/\w+\.py)", README):
+    for program in re.findall(r"python (benchmarks/\w+\.py)", PAGES):
         assert (ROOT / program).is_file()
     lines = re.findall(r"^python -m vdm_utils (.+)$", chapter("From the command line"), re.M)
     assert len(lines) >= 4
