@@ -65,7 +65,6 @@ def main() -> None:
     scores["rollout"] = torch.cat([attention_rollout(diffmask.base, part) for part in parts])
     fills = FILLS if "all" in wanted.fills else wanted.fills
     areas = perturbation_areas(diffmask, pictures, scores, fills)
-    areas["method"] = pd.Categorical(areas["method"], [*scores, "random"])
     table = compare(areas[areas["fill"] == fills[-1]])
     table["name"] = table["measure"].map(MEASURES) + " " + table["direction"].map(DIRECTIONS)
     table["±"] = (table["high"] - table["low"]) / 2
@@ -73,7 +72,6 @@ def main() -> None:
     wide.columns = [name + " ±" * (kind == "±") for kind, name in wide.columns]
     wide = wide[sorted(wide.columns, key=lambda name: (name.split()[1], name))]
     print(f"fill: {fills[-1]}\n{wide.round(3).to_string()}")
-    areas["method"] = areas["method"].astype(str)
     paired = pd.concat(
         [
             paired_comparison(areas, method, other).assign(method=method, other=other)

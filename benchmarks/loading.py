@@ -1,6 +1,7 @@
 """How fast are the pictures? One core, from memory: `python benchmarks/loading.py`.
 
-CIFAR10_QA needs CIFAR-10 under $VDM_DATA_DIR; without it the same grids are made of digits, and the line says so.
+CIFAR10_QA needs CIFAR-10, under $VDM_DATA_DIR or over a network; without both the same grids are made of digits, and the line
+says so.
 """
 
 from __future__ import annotations

@@ -82,7 +82,8 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     diffmask, _, batch = shipped(wanted.task, wanted.images)
     eps, rows = diffmask.config.eps, {}
-    learning = load_data(DATASETS[wanted.task], "validation").batch(range(wanted.images))
+    validation, count = load_data(DATASETS[wanted.task], "validation"), len(batch["labels"])
+    learning = validation.batch(range(min(wanted.images, len(validation))))
     parts, unseen = batch["pixel_values"].split(100), learning["pixel_values"].split(100)
 
     def note(order: str, kept: str, found: list[Explanation]) -> None:
@@ -106,7 +107,7 @@ def main() -> None:
             note(name, kept, [with_mask(diffmask, *three) for three in zip(parts, shown, masks)])
 
         for share in (0.3, 0.5, 0.7):
-            cut(f"{share:.0%}", torch.full((wanted.images,), share))
+            cut(f"{share:.0%}", torch.full((count,), share))
         kept, before = (
             torch.cat([promises_kept(diffmask, *three) for three in zip(*several)])
             for several in ((parts, shown, order), (unseen, known, learned_from[name]))

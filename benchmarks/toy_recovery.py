@@ -87,7 +87,7 @@ ABLATIONS = {
 
 
 def base_for(seed: int, grid_size: int, class_idx: int, folder: Path, steps: int, heads: int, empty_cells: float):
-    """The classifier of a seed, trained once: (model, test accuracy, seconds)."""
+    """The classifier of a seed, trained once, its data and its accuracy: (model, train, validation, test, accuracy)."""
     options = {"grid_size": grid_size, "class_idx": class_idx, "seed": seed}
     train, validation, test = (load_data("toy", split, **options) for split in ("train", "validation", "test"))
     if not (folder / "config.json").exists():
@@ -163,8 +163,7 @@ def main() -> None:
             seconds = time.process_time() - start
             row = key | {"base_accuracy": accuracy} | truth_report(diffmask, test)
             row |= {"alpha_last": diffmask.multiplier.value[-1].item(), "seconds": seconds}
-            rows = pd.read_csv(table).to_dict("records") if table.exists() else []
-            pd.DataFrame([*rows, row]).to_csv(table, index=False, float_format="%.5g")
+            pd.DataFrame([row]).to_csv(table, mode="a", header=not table.exists(), index=False, float_format="%.5g")
             print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
 
 

@@ -12,7 +12,14 @@ from test_vit import SMALL, SQUARE, TEXT, VIEWS
 from vdm_utils.data import ImageSet
 from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.errors import VDMError
-from vdm_utils.training import DiffMaskSettings, settings, train_diffmask
+from vdm_utils.training import (
+    ClassifierSettings,
+    DiffMaskSettings,
+    dropped_patches,
+    settings,
+    train_classifier,
+    train_diffmask,
+)
 from vdm_utils.vit import PatchView, build_classifier, fingerprint, load_classifier, with_image_size
 
 NO_LABELS = {key: value for key, value in SQUARE.items() if key != "num_labels"}
@@ -141,6 +148,20 @@ def test_pictures_of_another_size(name):
 def test_image_sizes_that_cannot_be_changed_are_refused(name):
     with pytest.raises(VDMError, match="cannot take another image size"):
         with_image_size(BACKBONES[name](), (32, 48))
+
+
+@pytest.mark.parametrize("name", ["SigLIP", "CLIP", "BEiT, relative positions"])
+def test_patches_cannot_be_left_out_of_every_classifier(name):
+    model = BACKBONES[name]()
+    with pytest.raises(VDMError, match="patches cannot be left out"), dropped_patches(model, 0.5):
+        pytest.fail("it let a training begin")
+
+
+def test_a_classifier_without_a_loss_is_refused(tmp_path):
+    model = BACKBONES["DeiT with teacher"]()
+    data = ImageSet("any", "train", torch.zeros(9, 3, 32, 32, dtype=torch.uint8), torch.arange(9) % 5, list("abcde"))
+    with pytest.raises(VDMError, match="computes no loss"):
+        train_classifier(model, data, data, settings(ClassifierSettings, max_steps=1), tmp_path)
 
 
 def test_a_backbone_without_a_head_gets_one(backbone, tmp_path):

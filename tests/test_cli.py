@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from conftest import words as split
 from PIL import Image
 from safetensors.torch import load_file
@@ -308,6 +309,48 @@ def test_a_run_is_resumed_from_its_last_checkpoint(capsys, base_run, tmp_path):
     assert kept == losses and after["global_step"] == 13  # with this seed a run from the start would have other losses
 
 
+def test_a_run_cannot_change_what_its_numbers_mean(capsys, base_run, diffmask_run, tmp_path):
+    """Resumed with another recipe, log α would be read as α, and gates trained on normalised states would see raw ones."""
+    shutil.copytree(base_run, tmp_path / "base")
+    shutil.copytree(diffmask_run, tmp_path / "diffmask")
+    words = split("train --dataset digits --recipe quick --num_workers 0 --max_steps 14 --diffmask_checkpoint last")
+    words += ["--from_pretrained", tmp_path / "base", "--output_dir", tmp_path / "diffmask"]
+    code, _, error = run(capsys, *words)
+    assert code == 2 and "normalize False, not True" in error and "log_multiplier False, not True" in error
+    assert not (tmp_path / "diffmask" / "checkpoint-14").exists()
+
+
+def test_an_interrupted_run_is_not_started_over_in_its_place(capsys, base_run, tmp_path):
+    shutil.copytree(base_run / "checkpoint-8", tmp_path / "run" / "checkpoint-8")
+    code, _, error = run(capsys, "train-base", *TINY, "--output_dir", tmp_path / "run")
+    assert code == 2 and "already holds a run" in error
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_base_in_half_precision_is_trained_in_full(capsys, base_run, tmp_path, dtype):
+    load_classifier(base_run).to(dtype).save_pretrained(tmp_path / "half")
+    words = split(
+        "train-base --dataset digits --num_workers 0 --max_steps 2 --log_every_n_steps 2 --lr 1e-3 --batch_size 8"
+    )
+    assert run(capsys, *words, "--from_pretrained", tmp_path / "half", "--output_dir", tmp_path / "out")[0] == 0
+    assert load_classifier(tmp_path / "out").dtype == torch.float32
+
+
+def test_a_siglip_knows_its_own_size(capsys, tmp_path):
+    vision = dict(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=24, patch_size=8
+    )
+    transformers.SiglipForImageClassification(transformers.SiglipConfig(vision_config=vision)).save_pretrained(
+        tmp_path / "siglip"
+    )
+    words = split(
+        "train-base --dataset toy --num_workers 0 --max_steps 1 --log_every_n_steps 1 --batch_size 8 --image_size 24"
+    )
+    assert run(capsys, *words, "--from_pretrained", tmp_path / "siglip", "--output_dir", tmp_path / "out")[0] == 0
+    code, printed, _ = run(capsys, "eval-base", "--dataset", "toy", "--from_pretrained", tmp_path / "out")
+    assert code == 0 and 0 <= printed["accuracy"] <= 1
+
+
 # ---------------------------------------------------------------- flags
 
 
@@ -373,6 +416,8 @@ def test_runs_without_a_folder_get_a_new_one(tmp_path, monkeypatch):
         folder = output_folder(chosen, "train-base")
         assert str(folder) == name
         folder.mkdir(parents=True)
+    (tmp_path / "runs/x/checkpoint-8").mkdir(parents=True)
+    (tmp_path / "runs/x/checkpoint-8/trainer_state.json").write_text("{}")
     assert (
         str(output_folder(chosen, "train-base", "runs/x/checkpoint-8")) == "runs/x"
     )  # a resumed one stays where it is
@@ -380,6 +425,7 @@ def test_runs_without_a_folder_get_a_new_one(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- mistakes
 
+DIGITS = ["--dataset", "digits", "--num_workers", "0", "--max_steps", "1", "--from_pretrained", "DIGITS"]
 MISTAKES = {  # name: (words, what the message has to contain)
     "unknown job": (["trian"], "did you mean 'train'"),
     "unknown flag": (["train", "--learning_rate", "1"], "--learning_rate"),
@@ -437,6 +483,10 @@ MISTAKES = {  # name: (words, what the message has to contain)
     "nothing to resume": (["train-base", *TINY, "--checkpoint", "nowhere"], "nothing to resume"),
     "start of a ConvNeXt": (["train-base", "--base_model", "ConvNeXt", "--mimetic_start"], "leave --mimetic_start out"),
     "output is a file": (["train-base", *TINY, "--output_dir", "file"], "file"),
+    "a finished run is no checkpoint": (["train", *DIGITS, "--diffmask_checkpoint", "MASK"], "nothing to resume"),
+    "the last of which run": (["train-base", *TINY, "--checkpoint", "last"], "--output_dir"),
+    "start of another kind": (["train", *DIGITS, "--recipe", "quick", "--start_from", "MASK"], "other settings"),
+    "negative seed": (["train-base", *TINY, "--seed", "-1"], "seed is out of range"),
     "unknown tracker": (["train-base", *TINY, "--report_to", "nobody"], "nobody"),
     "negative workers": (["train-base", *TINY, "--num_workers", "-1"], "num_workers"),
 }

@@ -580,3 +580,13 @@ def test_the_ends_of_the_random_range_are_allowed(monkeypatch, name, u):
         pictures_module, "hashed_uniform", lambda seed, stream, index, count: np.full((len(index), count), u)
     )
     assert augment(name, torch.rand(2, 3, 16, 16)).isfinite().all()
+
+
+def test_an_empty_cell_is_empty_to_its_border():
+    """Also where cells do not fill the picture evenly."""
+    grids = load_data("toy", "train", grid_size=2, image_size=82, empty_cells=1.0)
+    pixels = grids.batch(range(200))["pixel_values"]
+    for rows in (slice(0, 41), slice(41, 82)):
+        for cols in (slice(0, 41), slice(41, 82)):
+            cell = pixels[:, :, rows, cols].flatten(2)
+            assert (cell == cell[..., :1]).all()

@@ -13,7 +13,7 @@ from torch.nn.functional import kl_div
 from vdm_utils.diffmask import VisionDiffMask, VisionDiffMaskConfig
 from vdm_utils.errors import VDMError
 from vdm_utils.gates import HardConcrete
-from vdm_utils.vit import build_classifier, fingerprint
+from vdm_utils.vit import build_classifier, fingerprint, load_classifier
 
 FIELDS = ("mask", "masks_per_layer", "scores", "kept", "logits", "masked_logits", "kl")
 GATES = dict(add_activation=0.0, mul_activation=3.0, normalize=True)
@@ -156,7 +156,8 @@ def test_a_block_of_patches_shares_one_vote_and_one_draw(diffmask, pictures, mon
     closed = torch.stack([HardConcrete(mean).log_prob_nonzero.sum(1).exp() for mean in means], 1)  # [B, squares]
     realised = torch.stack([(square[..., 0, 0] > 0).float().mean(0) for square in squares], 1)
     assert (realised - closed).abs().mean() < 0.04
-    assert torch.allclose(outputs[0].l0, closed.mean(1), atol=1e-5)
+    of_patches = (closed * torch.tensor([4, 2, 2, 1])).sum(1) / 9  # a square counts as its patches do
+    assert torch.allclose(outputs[0].l0, of_patches, atol=1e-5)
     outputs[0].loss.backward()
     assert all(p.grad.abs().sum() > 0 for p in diffmask.gates[3].parameters())
 
@@ -316,3 +317,43 @@ def test_the_base_moves_along_to_another_precision(base, pictures):
     diffmask.double()
     assert next(diffmask.base.parameters()).dtype == torch.float64
     assert torch.allclose(diffmask.explain(pictures.double()).kl.float(), expected, atol=1e-5)
+
+
+def test_under_autocast_gates_are_drawn_in_full_precision(base, pictures):
+    """In bfloat16 the noise would end at ±4.8, and a gate that starts at 8, as the reference's do, would never drop a patch."""
+    diffmask = VisionDiffMask.for_classifier(base, add_activation=8.0, zero_start=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        states = diffmask.view.encode(pictures)
+        drawn = diffmask.votes(states).rsample((2000,))
+    assert states.logits.dtype == torch.bfloat16 and drawn.dtype == torch.float32
+    dropped = (drawn == 0).float().mean().item()
+    assert 1e-4 < dropped < 5e-4  # 1 − P(z ≠ 0) = 2.4e-4
+
+
+def test_a_loaded_diffmask_goes_where_its_base_is(base, diffmask, tmp_path, monkeypatch):
+    """`meta` stands in for a GPU; weights there have no values, so the fingerprint is left out."""
+    diffmask.save_pretrained(tmp_path)
+    mark = fingerprint(base)
+    monkeypatch.setattr("vdm_utils.diffmask.fingerprint", lambda model: mark)
+    loaded = VisionDiffMask.from_pretrained(tmp_path, base=copy.deepcopy(base).to("meta"))
+    assert loaded.device.type == loaded.base.device.type == "meta"
+
+
+def test_a_base_is_found_through_links_and_from_other_folders(base, tmp_path, monkeypatch):
+    (tmp_path / "disk" / "runs").mkdir(parents=True)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "runs").symlink_to(tmp_path / "disk" / "runs")
+    base.save_pretrained(tmp_path / "work" / "base")
+    monkeypatch.chdir(tmp_path / "work")
+    diffmask = VisionDiffMask.for_classifier(load_classifier("base"))
+    diffmask.save_pretrained("runs/mask")
+    assert fingerprint(VisionDiffMask.from_pretrained("runs/mask").base) == fingerprint(base)
+    monkeypatch.chdir(tmp_path)  # and a relative name means nothing any more
+    diffmask.save_pretrained("elsewhere")
+    assert fingerprint(VisionDiffMask.from_pretrained("elsewhere").base) == fingerprint(base)
+
+
+def test_a_base_that_was_never_saved_is_saved_as_it_is_now(tmp_path):
+    diffmask = VisionDiffMask.for_classifier(build_classifier(image_size=12, patch_size=4)).to(torch.bfloat16)
+    diffmask.save_pretrained(tmp_path)
+    assert VisionDiffMask.from_pretrained(tmp_path).base.dtype == torch.bfloat16

@@ -215,3 +215,9 @@ def test_a_fill_that_contradicts_the_others_leaves_it_undecided():
         assert set(paired_comparison(others, method, "random").query("measure == 'probability'")["better"]) == {method}
     true = paired_comparison(areas, "truth", "random").set_index(["direction", "measure", "fill"])
     assert true.loc[("unimportant first", "probability", "token removal"), "high"] < 0
+
+
+def test_scores_without_a_number_are_not_compared(diffmask, pictures):
+    scores = {"broken": torch.full((8, 3, 3), float("nan"))}
+    with pytest.raises(VDMError, match="no ranking"):
+        perturbation_areas(diffmask, pictures, scores, fills=("noise",), points=2)

@@ -29,14 +29,16 @@ from vdm_utils.metrics import (
     jensen_shannon,
     logits_without,
     mass_accuracy,
+    on_grid,
     patch_iou,
     pointing_game,
+    share_below,
     smallest_masks,
     top_patches,
     truth_report,
 )
 from vdm_utils.objective import kl_divergence
-from vdm_utils.vit import build_classifier
+from vdm_utils.vit import PatchView, build_classifier
 
 SQUARE = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=12, patch_size=4,
               num_labels=5)  # fmt: skip
@@ -294,3 +296,59 @@ def test_smallest_masks_are_all_of_them_and_enough(diffmask, pictures):
             if all(mask) or kl_divergence(states.logits, masked) <= 0.3:
                 enough.setdefault(sum(mask), set()).add(mask)
         assert found == enough[min(enough)]
+
+
+@pytest.mark.parametrize("cells", [(3, 3), (2, 3), (32, 32), (6, 9), (56, 28)])
+def test_a_truth_on_the_grid_is_the_mean_over_every_patch(cells):
+    """Also where cells and patches do not divide: 3×3 cells on 14×14 patches, as at the size of the paper."""
+    truth, grid = (torch.rand(4, *cells) > 0.5).float(), (14, 7)
+    fine = truth.repeat_interleave(14, 1).repeat_interleave(7, 2)  # [4, cells · patches, …]
+    by_hand = fine.unflatten(1, (14, cells[0])).unflatten(3, (7, cells[1])).mean((2, 4))
+    assert torch.allclose(on_grid(truth, grid), by_hand, atol=1e-6)
+    assert ((on_grid(truth, grid) == 0) == (by_hand == 0)).all()  # nothing true is exactly 0
+    assert torch.equal(on_grid(truth, cells), truth)
+
+
+def test_share_below_is_that_of_all_pairs():
+    scores = torch.randint(-3, 3, (50, 3, 4)).float().log()  # ties, −inf; NaN for negative numbers
+    scores = scores.nan_to_num(nan=7.0)
+    x = scores.flatten(1)
+    assert torch.equal(
+        share_below(scores), (x[:, :, None] - x[:, None]).nan_to_num(0).sign().add(1).double().mean(2) / 2
+    )
+
+
+def test_tiny_masks_are_distributions_too():
+    truth = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
+    for size in (1.0, 1e-13, 1e-30):
+        assert jensen_shannon(size * truth, truth).item() == pytest.approx(0, abs=1e-6)
+        assert jensen_shannon(size * (1 - truth), truth).item() == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_scores_that_are_no_numbers_are_refused():
+    broken = torch.full((2, 3, 3), math.nan)
+    for measure in (pointing_game, iou_at_k):
+        with pytest.raises(VDMError, match="no ranking"):
+            measure(broken, torch.ones(2, 3, 3))
+
+
+def test_pixels_beyond_the_last_patch_belong_to_none():
+    """SigLIP so400m: 384 pixels, patches of 14, 27 of them and six pixels left."""
+    config = SQUARE | {"image_size": 14, "patch_size": 4}
+    model = randomize(SiglipForImageClassification(SiglipConfig(vision_config=config, num_labels=5))).eval()
+    view, pictures = PatchView(model), torch.randn(1, 3, 14, 14)
+    before = view.encode(pictures).embeddings
+    for patch in range(9):
+        gone = torch.zeros(1, 3, 3, dtype=torch.bool)
+        gone.view(-1)[patch] = True
+        painted = torch.where(view.on_pixels(gone)[:, None], torch.zeros(()), pictures)
+        changed = (view.encode(painted).embeddings != before).any(-1)
+        assert changed.nonzero().tolist() == [[0, patch]]
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_no_more_pictures_than_asked_for_are_seen_at_once(diffmask, pictures, fill, monkeypatch):
+    seen, forward = [], diffmask.base.forward
+    monkeypatch.setattr(diffmask.base, "forward", lambda x, **options: seen.append(len(x)) or forward(x, **options))
+    logits_without(diffmask, pictures, torch.rand(8, 2, 9) > 0.5, fill, batch_size=3)
+    assert max(seen) <= 3

@@ -344,3 +344,8 @@ def test_the_drawn_mask_keeps_what_is_expected(base, toy):
     table = mask_forms(diffmask, toy.batch(range(96))["pixel_values"]).table
     assert 0.2 < table["kept"]["expected"] < 0.8 and table["kl"]["drawn"] != table["kl"]["expected"]
     assert table["kept"]["drawn"] == pytest.approx(table["kept"]["expected"], abs=0.04)
+
+
+def test_a_method_that_breaks_down_does_not_pass():
+    with pytest.raises(VDMError, match="no ranking"):
+        likeness(torch.rand(4, 3, 3), torch.full((4, 3, 3), math.nan))

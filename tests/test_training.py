@@ -419,3 +419,28 @@ def test_settings_reach_the_data():
     data = load_data("toy", "train", length=5, **chosen.data_options())
     assert data.augment == ("flip", "blur") and (data.class_idx, data.grid_size, data.seed) == (1, 2, 9)
     assert data.image_size == (8, 8)
+
+
+def test_one_process_uses_one_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: self.__dict__.get("_n_gpu", 4)))
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", torch.device("cpu"))
+    chosen = settings(ClassifierSettings, max_steps=1)
+    assert training.training_arguments(chosen, tmp_path, "steps").n_gpu == 1
+
+
+def test_models_are_left_where_they_were(diffmask, toy, tmp_path, monkeypatch):
+    """Trainer takes a model to the GPU where there is one, and leaves it there."""
+    moves, to = [], VisionDiffMask.to
+    monkeypatch.setattr(
+        VisionDiffMask, "to", lambda self, *where, **how: moves.append(where) or to(self, *where, **how)
+    )
+    training.train_diffmask(
+        diffmask, toy, toy, settings(DiffMaskSettings, max_steps=1, num_workers=0), tmp_path / "mask"
+    )
+    assert moves[-1] == (torch.device("cpu"),)
+    model, moves = build_classifier(image_size=12, patch_size=4, id2label=toy.id2label), []
+    monkeypatch.setattr(model, "to", lambda *where, **how: moves.append(where) or model)
+    training.train_classifier(
+        model, toy, toy, settings(ClassifierSettings, max_steps=1, num_workers=0), tmp_path / "base"
+    )
+    assert moves[-1] == (torch.device("cpu"),)

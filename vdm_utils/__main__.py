@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import HfArgumentParser, set_seed
 from transformers.utils import logging as transformers_logging
 
-from vdm_utils.checkpoints import save_classifier
+from vdm_utils.checkpoints import check_resumable, save_classifier
 from vdm_utils.data import Pictures, load_data
 from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.errors import VDMError, unknown_name
@@ -22,7 +22,7 @@ from vdm_utils.runs import check_fit, load_weights
 from vdm_utils.settings import RECIPES, ClassifierSettings, DataSettings, DiffMaskSettings, ExplainSettings, RunSettings
 from vdm_utils.sources import read_pictures
 from vdm_utils.training import evaluate_classifier, train_classifier, train_diffmask
-from vdm_utils.vit import as_pair, build_classifier, load_classifier, mimetic_start, with_image_size
+from vdm_utils.vit import build_classifier, load_classifier, mimetic_start, own_image_size, with_image_size
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +95,13 @@ def parse(kind: type, job: str, words: list[str]) -> DataSettings:
 
 def output_folder(chosen: DataSettings, job: str, resume: str | None = None) -> Path:
     """The run's folder: as asked for, else a new one under `runs/`; a finished run is never written over."""
+    if resume not in (None, "last"):
+        check_resumable(Path(resume), job)
     if chosen.output_dir is None:
-        if resume not in (None, "last"):
+        if resume == "last":
+            raise VDMError("the last checkpoint of which run?", where=job, expected="--output_dir beside 'last'", got="none",
+                           fix="name the folder of that run")  # fmt: skip
+        if resume is not None:
             return Path(resume).parent
         base = f"runs/{job}-{chosen.dataset}-seed{chosen.seed}"
         numbered = (Path(f"{base}-{n}") for n in range(2, 10_000))
@@ -105,10 +110,9 @@ def output_folder(chosen: DataSettings, job: str, resume: str | None = None) -> 
     if folder.exists() and not folder.is_dir():
         raise VDMError("the output folder is a file", where=job, expected="a new or empty folder", got=folder,
                        fix="name another --output_dir")  # fmt: skip
-    if resume not in (None, "last") and not Path(resume, "trainer_state.json").is_file():
-        raise VDMError("nothing to resume", where=job, expected="a checkpoint-N folder of an earlier run", got=resume,
-                       fix="name one, or leave it out to start anew")  # fmt: skip
-    if any((folder / name).exists() for name in ("config.json", "explanations.json")) and resume is None:
+    if resume is None and any(
+        next(folder.glob(name), None) for name in ("config.json", "explanations.json", "checkpoint-*")
+    ):
         raise VDMError("the output folder already holds a run", where=job, expected="an empty or new folder", got=folder,
                        fix="name another --output_dir, resume it, or remove it")  # fmt: skip
     return folder
@@ -140,9 +144,9 @@ def datasets(chosen: RunSettings, image_size: int | None = None) -> tuple[Pictur
 def new_classifier(chosen: ClassifierSettings, data: Pictures):
     """The base that `train-base` starts from: a checkpoint, or random weights."""
     if chosen.from_pretrained:
-        model = load_classifier(chosen.from_pretrained, num_labels=data.num_labels)
-        own_size = None if hasattr(model.config, "depths") else as_pair(getattr(model.config, "image_size", 0))
-        if chosen.image_size is not None and own_size not in (None, data.image_size):  # a ConvNeXt takes any size
+        # a checkpoint in half precision loads as such, and would be trained to NaN
+        model = load_classifier(chosen.from_pretrained, num_labels=data.num_labels).float()
+        if chosen.image_size is not None and own_image_size(model) not in (None, data.image_size):
             model = with_image_size(model, data.image_size, chosen.grid_size if data.name.endswith("_QA") else 1)
         check_fit(model, data, "train-base", classes=False)
         model.config.id2label = dict(data.id2label)
@@ -204,8 +208,8 @@ def eval_base(words: list[str]) -> dict:
                        fix="name a folder or a Hub name")  # fmt: skip
     folder = output_folder(chosen, "eval-base") if chosen.output_dir else None
     model = load_classifier(source)
-    size = getattr(model.config, "image_size", None)
-    test = load_data(chosen.dataset, "test", **data_options(chosen, size if isinstance(size, int) else None))
+    size = own_image_size(model)
+    test = load_data(chosen.dataset, "test", **data_options(chosen, size and size[0]))
     check_fit(model, test, "eval-base")
     metrics = evaluate_classifier(model, test)
     if folder:

@@ -131,6 +131,13 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def check_resumable(checkpoint: Path, where: str) -> None:
+    """Raise `VDMError` unless this is a `checkpoint-N` folder that was saved to the end; a finished run's folder is none."""
+    if not checkpoint.name.removeprefix("checkpoint-").isdecimal() or not (checkpoint / STATE).is_file():
+        raise VDMError("nothing to resume", where=where, expected="a checkpoint-N folder of an earlier run", got=checkpoint,
+                       fix="name one, or leave it out to start anew")  # fmt: skip
+
+
 def save_classifier(model: PreTrainedModel, folder: str | Path) -> None:
     """`model.save_pretrained(folder)`, with checksums beside it."""
     with writing(Path(folder)):

@@ -13,7 +13,6 @@ from numbers import Real
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from vdm_utils import sources
 from vdm_utils.errors import VDMError, check_integer, unknown_name
@@ -72,8 +71,9 @@ class Grids(Pictures):
         if self.empty_cells:
             u = hashed_uniform(self.seed + 7919 * self.epoch, 13, index, truth.shape[1] + 2)
             filled = u[:, 2:] >= np.where(u[:, :1] < self.empty_cells, u[:, 1:2], 0.0)  # [B, N]
-            plane = torch.from_numpy(filled).view(-1, 1, side, side).float()
-            pixels = torch.where(F.interpolate(plane, size=pixels.shape[-2:]) > 0, pixels, EMPTY)
+            rows, cols = (torch.arange(n) * side // n for n in pixels.shape[-2:])  # the cell of every row and column
+            plane = torch.from_numpy(filled).view(-1, 1, side, side)[:, :, rows][..., cols]
+            pixels = torch.where(plane, pixels, EMPTY)
             truth = truth & filled
         return {
             "pixels": pixels,
@@ -158,7 +158,10 @@ class CountingGrids(Grids):
 
 
 def _distinct(u: np.ndarray, population: int) -> np.ndarray:
-    """Turn uniforms [B, n] into n distinct integers below `population` per row (Floyd's algorithm)."""
+    """Turn uniforms [B, n] into n distinct integers below `population` per row (Floyd's algorithm).
+
+    Every set of n is equally likely. Which of them comes first is not: a small population's last ones come late in a row.
+    """
     chosen = np.empty(u.shape, dtype=np.int64)
     for column, last in enumerate(range(population - u.shape[1], population)):
         candidate = np.floor(u[:, column] * (last + 1)).astype(np.int64)

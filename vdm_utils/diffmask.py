@@ -159,7 +159,10 @@ class VisionDiffMask(PreTrainedModel):
         settings = VisionDiffMaskConfig(**own, **config)
         check_numbers(settings, where)
         diffmask = cls(settings)
-        diffmask.config.base_name_or_path = str(model.name_or_path or "")
+        name = str(model.name_or_path or "")
+        diffmask.config.base_name_or_path = (
+            os.path.abspath(name) if os.path.isdir(name) else name
+        )  # the working folder may change
         diffmask.attach(model)
         return diffmask.to(model.device)
 
@@ -211,10 +214,11 @@ class VisionDiffMask(PreTrainedModel):
         """The votes of gates 0..upto (all by default) as one distribution of shape [B, k, N]."""
         last = self.config.num_gates - 1 if upto is None else upto
         dtype = self.multiplier.parameter.dtype  # of the gates, whatever the precision of the base
-        embeddings = self.gates[0].prepare(states.embeddings.to(dtype))  # once for all gates
-        log_alpha = [
-            gate(embeddings, h.to(dtype), ready=True) for gate, h in zip(self.gates[: last + 1], states.hidden)
-        ]
+        # under autocast the noise would be drawn in bfloat16 too, and end at ±4.8: gates beyond it would never flip, nor learn
+        with torch.autocast(states.embeddings.device.type, enabled=False):
+            embeddings = self.gates[0].prepare(states.embeddings.to(dtype))  # once for all gates
+            pairs = zip(self.gates[: last + 1], states.hidden)
+            log_alpha = [gate(embeddings, hidden.to(dtype), ready=True) for gate, hidden in pairs]
         return HardConcrete(torch.stack(log_alpha, dim=1), self.config.temperature, self.config.low, self.config.high)
 
     def masked_logits(self, pixel_values: torch.Tensor, states: PatchStates, mask: torch.Tensor) -> torch.Tensor:
@@ -239,11 +243,15 @@ class VisionDiffMask(PreTrainedModel):
         plane = votes.log_alpha.unflatten(-1, states.grid)  # [B, k, rows, cols]
         shared = F.avg_pool2d(plane, block, ceil_mode=True)  # a square over the edge counts the patches it has
         votes = HardConcrete(shared, votes.temperature, votes.low, votes.high)
-        drawn = votes.rsample(shared=2 * shared_noise).prod(dim=1, keepdim=True)  # [B, 1, squares down, squares across]
-        mask = F.interpolate(drawn, scale_factor=block, mode="nearest")[:, 0, :rows, :cols].flatten(1)  # [B, N]
+        drawn = votes.rsample(shared=2 * shared_noise).prod(dim=1, keepdim=True)
+
+        def on_patches(squares: torch.Tensor) -> torch.Tensor:  # [B, 1, squares down, squares across] → [B, N]
+            return F.interpolate(squares, scale_factor=block, mode="nearest")[:, 0, :rows, :cols].flatten(1)
+
+        mask = on_patches(drawn)
         masked_logits = self.masked_logits(pixel_values, states, mask)
         kl = kl_divergence(states.logits.float(), masked_logits.float())  # [B]
-        l0 = expected_l0(votes.log_prob_nonzero.sum(dim=1).flatten(1))  # [B]
+        l0 = expected_l0(on_patches(votes.log_prob_nonzero.sum(dim=1, keepdim=True)))  # [B]
         primal = lagrangian(l0.mean(), kl.mean(), self.multiplier.value[layer], self.config.eps)
         # a mean within ε still lets single images break the promise; a high quantile holds for nearly all of them
         constrained = kl.detach().quantile(self.config.kl_quantile) if self.config.kl_quantile else kl.mean()
@@ -284,9 +292,12 @@ class VisionDiffMask(PreTrainedModel):
         folder, name = Path(save_directory), self.config.base_name_or_path
         if not name:
             save_classifier(self.base, folder / "base")
-            stored = "base"
+            stored, self.config.base_fingerprint = (
+                "base",
+                fingerprint(self.base),
+            )  # its precision may have changed since
         elif Path(name).is_dir():
-            stored = os.path.relpath(name, folder)
+            stored = os.path.relpath(os.path.realpath(name), os.path.realpath(folder))  # wherever links lead
         else:
             stored = name  # a Hub name
         self.config.base_name_or_path = stored
@@ -320,4 +331,4 @@ class VisionDiffMask(PreTrainedModel):
             base = load_classifier(name)
             diffmask.config.base_name_or_path = name
         diffmask.attach(base)
-        return diffmask.eval()
+        return diffmask.to(base.device).eval()

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.errors import VDMError, unknown_name
-from vdm_utils.metrics import FILLS, deletion_curves, logits_without, top_patches
+from vdm_utils.metrics import FILLS, check_scores, deletion_curves, logits_without, top_patches
 
 # Of the patches that are kept as the rationale: the bins of ERASER (DeYoung et al. 2020, section 4.2).
 FRACTIONS = (0.01, 0.05, 0.1, 0.2, 0.5)
@@ -101,6 +101,7 @@ def perturbation_areas(
                        got={name: list(one.shape) for name, one in scores.items()}, fix="score every picture with every method")  # fmt: skip
     parts = []
     for method, values in {"random": torch.zeros(shape), **scores}.items():
+        check_scores(values, f"perturbation_areas, {method}")
         level = values.cpu().unique(return_inverse=True)[1]  # 0, 1, 2, … for the smallest value, the next one, …
         order = (level + torch.rand(shape, generator=generator, dtype=torch.double)).to(pixel_values.device)
         for fill in fills:

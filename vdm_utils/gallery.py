@@ -35,7 +35,7 @@ def draw_replay(recorder: MaskRecorder, index: int, moment: int) -> bytes:
     records, now = recorder.records, recorder.records[moment]
     figure = Figure(figsize=(WIDTH, 3.2))
     panels = [figure.add_axes((left, 0.12, 0.25, 0.68)) for left in (0.01, 0.275)]
-    chosen = recorder.pixel_values[index]
+    chosen = recorder.pixel_values[index].cpu()
     bar = show_mask(
         panels[0], now.mask[index], f"mask: kept {now.kept[index].item():.0%}, KL {now.kl[index].item():.3f}"
     )

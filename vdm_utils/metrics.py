@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -19,9 +18,14 @@ from vdm_utils.vit import PatchStates, PatchView
 
 def on_grid(truth: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """A truth [B, rows, cols] of any resolution on the patch grid: the mean over each patch, [B, *grid]."""
-    if tuple(truth.shape[-2:]) == tuple(grid):
-        return truth.float()
-    return F.interpolate(truth[:, None].float(), size=grid, mode="area")[:, 0]
+    rows, cols = (_overlap(*sides).to(truth.device) for sides in zip(truth.shape[-2:], grid))
+    return rows @ truth.float() @ cols.T
+
+
+def _overlap(cells: int, patches: int) -> torch.Tensor:
+    """Which share of every patch lies in which cell, [patches, cells], where both fill the same length."""
+    patch, cell = torch.arange(patches)[:, None] * cells, torch.arange(cells) * patches
+    return (torch.minimum(patch + cells, cell + patches) - torch.maximum(patch, cell)).clamp(min=0) / cells
 
 
 def patch_iou(mask: torch.Tensor, truth: torch.Tensor, threshold: float = 0.5) -> torch.Tensor:
@@ -34,18 +38,27 @@ def patch_iou(mask: torch.Tensor, truth: torch.Tensor, threshold: float = 0.5) -
     return (shared / either).where(either > 0, 1)
 
 
+def check_scores(scores: torch.Tensor, where: str) -> None:
+    """Raise `VDMError` unless there is a number for every patch: [B, rows, cols] without NaN."""
+    if scores.dim() != 3 or scores.isnan().any():
+        raise VDMError("these scores are no ranking", where=where, expected="numbers [B, rows, cols]",
+                       got=f"{list(scores.shape)}, NaN among them: {bool(scores.isnan().any())}", fix="give one number per patch")  # fmt: skip
+
+
 def patch_ranks(scores: torch.Tensor) -> torch.Tensor:
     """The place of every patch in the order of `scores` [B, rows, cols], 0 for the largest: int64 [B, N]."""
-    if scores.dim() != 3 or scores.isnan().any():
-        raise VDMError("these scores are no ranking", where="patch_ranks", expected="numbers [B, rows, cols]",
-                       got=f"{list(scores.shape)}, NaN among them: {bool(scores.isnan().any())}", fix="give one number per patch")  # fmt: skip
+    check_scores(scores, "patch_ranks")
     return scores.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # equal ones in reading order
 
 
 def share_below(scores: torch.Tensor) -> torch.Tensor:
     """For every patch the share of patches with lower `scores` [B, rows, cols], equal ones counting half: [B, N] in 0..1."""
-    x = scores.flatten(1)
-    return (x[:, :, None] - x[:, None]).sign().add(1).double().mean(2) / 2
+    x = scores.flatten(1).contiguous()
+    ordered = x.sort(1).values
+    below = torch.searchsorted(ordered, x) + torch.searchsorted(
+        ordered, x, right=True
+    )  # twice the lower ones + the equal ones
+    return below.double() / (2 * x.shape[1])
 
 
 def top_patches(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -61,6 +74,7 @@ def iou_at_k(scores: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 def pointing_game(scores: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """1 where the patch with the largest score touches the truth, else 0 (Zhang et al. 2018): [B]; NaN for an empty truth."""
+    check_scores(scores, "pointing_game")
     true = on_grid(truth, scores.shape[-2:]).flatten(1)
     hit = (true.gather(1, scores.flatten(1).argmax(1, keepdim=True))[:, 0] > 0).float()
     return hit.where(true.sum(1) > 0, math.nan)
@@ -73,8 +87,8 @@ def jensen_shannon(mask: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     no distribution either, and counts as the worst one (log 2) where something is true.
     """
     true = on_grid(truth, mask.shape[-2:]).flatten(1)
-    p = mask.flatten(1) / mask.flatten(1).sum(1, keepdim=True).clamp(min=1e-12)
-    q = true / true.sum(1, keepdim=True).clamp(min=1e-12)
+    smallest = torch.finfo(torch.float32).tiny
+    p, q = (mass / mass.sum(1, keepdim=True).clamp(min=smallest) for mass in (mask.flatten(1).float(), true))
     middle = (p + q) / 2
 
     def relative_entropy(a):
@@ -129,7 +143,7 @@ def logits_without(
     if gone.dim() != 3 or (gone.shape[0], gone.shape[2]) != (batch, patches):
         raise VDMError("one entry per patch is needed", where="logits_without", expected=f"[{batch}, sets, {patches}]",
                        got=list(gone.shape), fix="use the patch grid of the classifier")  # fmt: skip
-    answer = _answer(model, view, pixel_values, fill, seed)
+    answer = _answer(model, view, pixel_values, fill, seed, batch_size)
     sets = gone.to(pixel_values.device).transpose(0, 1).flatten(0, 1)  # [S·B, N]: sets of equal size stand together
     with view.frozen():
         rows = torch.arange(len(sets), device=sets.device).split(batch_size)
@@ -137,7 +151,7 @@ def logits_without(
     return logits.unflatten(0, (-1, batch)).transpose(0, 1)
 
 
-def _answer(model, view: PatchView, pixel_values: torch.Tensor, fill: str, seed: int) -> Callable:
+def _answer(model, view: PatchView, pixel_values: torch.Tensor, fill: str, seed: int, batch_size: int) -> Callable:
     """A function (which pictures [M], patches taken from them bool [M, N]) -> logits [M, C]."""
     if fill == "token removal":
         return lambda chosen, gone: view.logits_without_tokens(pixel_values[chosen], gone)
@@ -145,7 +159,7 @@ def _answer(model, view: PatchView, pixel_values: torch.Tensor, fill: str, seed:
         if not isinstance(model, VisionDiffMask):
             raise VDMError("there is no placeholder", where="logits_without", expected="a VisionDiffMask", got=type(model).__name__,
                            fix="pass the VisionDiffMask, or use another fill")  # fmt: skip
-        embeddings = torch.cat([view.encode(part).embeddings for part in pixel_values.split(100)])
+        embeddings = torch.cat([view.encode(part).embeddings for part in pixel_values.split(batch_size)])
 
         def with_placeholder(chosen, gone):
             states = PatchStates(embeddings[chosen], [], None, view.grid)
@@ -156,7 +170,7 @@ def _answer(model, view: PatchView, pixel_values: torch.Tensor, fill: str, seed:
     canvas = uniform * 2 - 1 if fill == "noise" else torch.zeros_like(pixel_values)
 
     def painted(chosen, gone):
-        where = F.interpolate(gone.view(-1, 1, *view.grid).float(), size=canvas.shape[-2:], mode="nearest") > 0
+        where = view.on_pixels(gone.view(-1, 1, *view.grid))
         return view.model(torch.where(where, canvas[chosen], pixel_values[chosen])).logits
 
     return painted
@@ -179,7 +193,7 @@ def deletion_curves(
     under a curve is the mean of its points. With the important patches first a good ranking makes the probability fall
     fast, and with the unimportant ones first it holds long.
     """
-    rank = patch_ranks(scores if important_first else -scores.float())
+    rank = patch_ranks(scores if important_first else -scores.double())
     share = torch.arange(points + 1, dtype=torch.double, device=rank.device) / (points + 1)
     gone = rank[:, None] < (rank.shape[1] * share).round()[:, None]  # [B, 1 + points, N]
     logits = logits_without(model, pixel_values, gone, fill, seed, batch_size)

@@ -43,7 +43,8 @@ class Multiplier(nn.Module):
 
     `log_space`: the parameter is ρ = log α, so that α grows and shrinks by a factor per step instead of by a constant.
     The floor matters: with α near 0 a mask that has overshot gets no signal to come back. All α_k are one parameter, so
-    Adam's momentum carries a price on for some steps after its gate was drawn: it moves as fast as if drawn every time.
+    Adam's momentum carries a price on for some steps after its gate was drawn: drawn once in K steps, it moves at about 1/√K of the
+    speed that it would have if drawn in every step, and not at 1/K.
     """
 
     def __init__(self, count: int, start: float, minimum: float, maximum: float, log_space: bool):

@@ -127,7 +127,7 @@ def rise(
     kept = (torch.rand(masks, *view.grid, generator=generator) < RISE_KEPT).float().to(pixel_values.device)
     with view.frozen():
         for part in kept.split(max(1, IMAGES_AT_ONCE // len(pixel_values))):  # [m, rows, cols]
-            shown = F.interpolate(part[:, None], size=pixel_values.shape[-2:])[:, None]  # [m, 1, 1, H, W]
+            shown = view.on_pixels(part)[:, None, None]  # [m, 1, 1, H, W]
             logits = model((shown.to(pixel_values.dtype) * pixel_values).flatten(0, 1)).logits.float()
             probability = of_class(logits.softmax(-1).unflatten(0, (len(part), -1)), target)  # [m, B]
             total = total + torch.einsum("mb,mrc->brc", probability, part)

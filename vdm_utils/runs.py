@@ -21,6 +21,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from vdm_utils.checkpoints import (
     STATE,
+    check_resumable,
     check_writable,
     guard_saving,
     last_checkpoint,
@@ -31,7 +32,7 @@ from vdm_utils.checkpoints import (
 from vdm_utils.data import Pictures
 from vdm_utils.errors import VDMError
 from vdm_utils.settings import RunSettings
-from vdm_utils.vit import as_pair
+from vdm_utils.vit import own_image_size
 
 
 class TellEpoch(TrainerCallback):
@@ -75,8 +76,7 @@ def check_fit(model: PreTrainedModel, data: Pictures, job: str, classes: bool = 
         return f"{named}{channels} channel{'s' * (channels > 1)}, {size[0]}×{size[1]} pixels"
 
     config = getattr(model.config, "vision_config", model.config)
-    # a ConvNeXt takes any size, and so has a size that means nothing
-    size = data.image_size if hasattr(config, "depths") else as_pair(config.image_size)
+    size = own_image_size(model) or data.image_size
     fits = (config.num_channels, tuple(size)) == (data.num_channels, tuple(data.image_size))
     if classes:
         fits &= model.config.num_labels == data.num_labels
@@ -93,7 +93,7 @@ def check_fit(model: PreTrainedModel, data: Pictures, job: str, classes: bool = 
 def training_arguments(chosen: RunSettings, output_dir: Path, rhythm: str, **more) -> TrainingArguments:
     """Trainer's options for a run that is evaluated and saved at the same moments: `rhythm` is `steps` or `epoch`."""
     check_writable(output_dir)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=chosen.batch_size,
         per_device_eval_batch_size=max(chosen.batch_size, 128),
@@ -115,6 +115,9 @@ def training_arguments(chosen: RunSettings, output_dir: Path, rhythm: str, **mor
         use_cpu=not torch.accelerator.is_available(),  # Trainer wants to be told before it computes in bfloat16 there
         **more,
     )
+    # Trainer would copy the model to all GPUs of a process, and every copy would look into the one base; torchrun gives each its own
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def run_to_the_end(trainer: Trainer, resume: str | None) -> None:
@@ -126,9 +129,8 @@ def run_to_the_end(trainer: Trainer, resume: str | None) -> None:
     guard_saving(trainer)
     if resume == "last":
         resume = last_checkpoint(Path(trainer.args.output_dir))
-    elif resume is not None and not Path(resume, STATE).is_file():
-        raise VDMError("nothing to resume", where="training", expected="a checkpoint-N folder of an earlier run", got=resume,
-                       fix="name one, or leave it out to start anew")  # fmt: skip
+    elif resume is not None:
+        check_resumable(Path(resume), "training")
     if resume is not None:
         verify_checksums(Path(resume))
     if resume is None or steps_left(trainer, Path(resume)):
@@ -157,8 +159,17 @@ def steps_left(trainer: Trainer, checkpoint: Path) -> bool:
     return False
 
 
+# settings without which the numbers of a DiffMask mean something else
+MEANING = ("normalize", "mul_activation", "add_activation", "temperature", "low", "high", "log_multiplier", "no_placeholder")  # fmt: skip
+
+
 def load_weights(model: PreTrainedModel, saved: PreTrainedModel, source: str, where: str = "training") -> None:
-    """Give `model` the weights of another one of its kind; `VDMError` unless they are all there, in the same shapes."""
+    """Give `model` the weights of another one of its kind; `VDMError` unless they are all there, in the same shapes, and mean the
+    same."""
+    settings = [(name, getattr(saved.config, name, None), getattr(model.config, name, None)) for name in MEANING]
+    if changed := [f"{name} {old}, not {new}" for name, old, new in settings if old != new]:
+        raise VDMError("these weights were trained with other settings", where=where, expected="those of this run",
+                       got=f"{source} ({', '.join(changed)})", fix="give the options, or the --recipe, of that run")  # fmt: skip
     try:
         model.load_state_dict(saved.state_dict())
     except RuntimeError as error:

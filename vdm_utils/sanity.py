@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.errors import VDMError, unknown_name
-from vdm_utils.metrics import patch_iou, share_below
+from vdm_utils.metrics import check_scores, patch_iou, share_below
 from vdm_utils.objective import kl_divergence
 from vdm_utils.vit import PatchView
 
@@ -44,6 +44,8 @@ def likeness(before: torch.Tensor, after: torch.Tensor) -> float:
     Its absolute value is not taken: an order turned round is another explanation. With absolute values even two random
     maps would look alike (0.29 on average on 9 patches, 0.10 on 64), and a method could fail for having few patches.
     """
+    for scores in (before, after):
+        check_scores(scores, "sanity check")
     ranked = before.flatten(1).amax(1) > before.flatten(1).amin(1)
     if not ranked.any():
         raise VDMError("the explanation is constant on every picture", where="sanity check", expected="scores that differ",

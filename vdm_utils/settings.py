@@ -14,7 +14,7 @@ from vdm_utils.errors import VDMError, unknown_name
 
 # name: (lowest allowed, first not allowed)
 LIMITS = {
-    "batch_size": (1, 2**20), "num_workers": (0, 1024), "num_epochs": (1e-9, 1e9), "log_every_n_steps": (1, 2**32),
+    "seed": (0, 2**32), "batch_size": (1, 2**20), "num_workers": (0, 1024), "num_epochs": (1e-9, 1e9), "log_every_n_steps": (1, 2**32),
     "warmup_steps": (0, 2**32), "gate_warmup_steps": (0, 2**32), "patience": (1, 2**32), "lr": (0, 1e3), "weight_decay": (0, 1e3),
     "sample_images": (0, 2**20), "refine": (0, 2**20), "fit": (0, 10**4), "block_size": (1, 2**10), "shortcut": (0, 1.001), "patch_dropout": (0, 1), "patch_masking": (0, 1.001), "empty_cells": (0, 1.001), "adam_beta2": (0, 1), "lr_decay": (0, 1.001), "last_layer_share": (0, 1.001), "block_share": (0, 1.001),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from transformers import (
 from vdm_utils.checkpoints import save_classifier, write_checksums
 from vdm_utils.data import Pictures
 from vdm_utils.diffmask import DiffMaskOutput, VisionDiffMask
+from vdm_utils.errors import VDMError
 from vdm_utils.runs import check_fit, load_weights, run_to_the_end, training_arguments
 from vdm_utils.settings import (
     RECIPES,
@@ -69,9 +71,13 @@ def dropped_patches(model: PreTrainedModel, fraction: float) -> Iterator[None]:
     if not fraction:
         yield
         return
-    embeddings = next(
-        m for n, m in model.named_modules() if n.endswith("embeddings") and hasattr(m, "patch_embeddings")
-    )
+    places = dict(model.named_modules())
+    owners = (m for name, m in places.items() if name.endswith("embeddings") and hasattr(m, "patch_embeddings"))
+    embeddings = next(owners, None)
+    countable = hasattr(getattr(embeddings, "patch_embeddings", None), "num_patches")
+    if not countable or any("relative_position" in name for name in places):
+        raise VDMError("patches cannot be left out of this classifier", where="--patch_dropout", expected="a ViT, DeiT or DINOv2, whose "
+                       "positions are added before the first layer", got=type(model).__name__, fix="use --patch_masking, or leave it out")  # fmt: skip
 
     def drop(module: nn.Module, inputs, output: torch.Tensor) -> torch.Tensor:
         if not module.training:
@@ -192,7 +198,10 @@ def train_classifier(
     """
     chosen.validate()
     check_fit(model, train_data, "train_classifier")
-    output_dir = Path(output_dir)
+    if "labels" not in inspect.signature(model.forward).parameters:  # DeiT's head for inference, with its teacher
+        raise VDMError("this classifier computes no loss", where="train_classifier", expected="a model whose forward takes labels",
+                       got=type(model).__name__, fix="load it as the class without a teacher, or use another classifier")  # fmt: skip
+    output_dir, home = Path(output_dir), model.device
     arguments = training_arguments(
         chosen,
         output_dir,
@@ -228,7 +237,9 @@ def train_classifier(
         write_checksums(output_dir)
     model.name_or_path = str(output_dir)
     model.eval()
-    return trainer.evaluate()
+    metrics = trainer.evaluate()
+    model.to(home)  # Trainer has taken it to a GPU where there is one; its pictures are here
+    return metrics
 
 
 @torch.no_grad()
@@ -393,7 +404,7 @@ def train_diffmask(
     Returns `evaluate_diffmask` on `eval_data`, with an `eval_` before every name.
     """
     chosen.validate()
-    output_dir = Path(output_dir)
+    output_dir, home = Path(output_dir), diffmask.device
     if not diffmask.config.base_name_or_path:  # a base that was never saved goes with the run
         save_classifier(diffmask.base, output_dir / "base")
         diffmask.config.base_name_or_path = str(output_dir / "base")
@@ -410,7 +421,9 @@ def train_diffmask(
         run_to_the_end(trainer, resume)
     trainer.save_model()
     diffmask.eval()
-    return trainer.evaluate()
+    metrics = trainer.evaluate()
+    diffmask.to(home)  # and its base with it: see `train_classifier`
+    return metrics
 
 
 @torch.no_grad()
@@ -418,7 +431,7 @@ def evaluate_diffmask(diffmask: VisionDiffMask, data: Pictures, batch_size: int 
     """Facts about the *shown* masks over a dataset.
 
     `kl`: mean in nats. `feasible`: share of images with KL ≤ ε. `unchanged`: share whose predicted class stays.
-    `kept`: mean of the mask. On tasks with a known truth also `iou` and `js` (see `metrics`).
+    `kept`: mean of the mask. Where the truth is known, `metrics.truth_report` says more.
     """
     parts = []
     for batch in DataLoader(data, batch_size):

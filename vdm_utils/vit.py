@@ -1,8 +1,8 @@
 """The classifier to explain: build one, load one, and see or replace its patch embeddings.
 
 `PatchView` is the one place that touches a model's inside. It asks for nothing but what every Hugging Face vision
-transformer has: a module that turns pixels into patch embeddings (`get_input_embeddings`) and a list of
-`num_hidden_layers` layers. ViT, DeiT, DINOv2, BEiT and SigLIP therefore need no code of their own.
+transformer has: a module that turns pixels into patch embeddings (found by its name) and a list of `num_hidden_layers`
+layers. ViT, DeiT, DINOv2, BEiT and SigLIP therefore need no code of their own.
 """
 
 from __future__ import annotations
@@ -190,10 +190,11 @@ def with_image_size(model: PreTrainedModel, image_size: int | tuple[int, int], c
     height, width = as_pair(image_size)
     old = PatchView(model)
     name = next((n for n, _ in model.named_parameters() if n.endswith("embeddings.position_embeddings")), None)
+    misfit = VDMError("the classifier cannot take another image size", where=type(model).__name__,
+                      expected=f"position embeddings and a multiple of the patches {old.patch_size}", got=(height, width),
+                      fix=f"use its own image size, {old.image_size}")  # fmt: skip
     if name is None or min(height, width) < 1 or height % old.patch_size[0] or width % old.patch_size[1]:
-        raise VDMError("the classifier cannot take another image size", where=type(model).__name__,
-                       expected=f"position embeddings and a multiple of the patches {old.patch_size}", got=(height, width),
-                       fix="use its own image size")  # fmt: skip
+        raise misfit
     config = copy.deepcopy(model.config)
     config.image_size = height if height == width else [height, width]
     larger = type(model)(config)
@@ -207,7 +208,11 @@ def with_image_size(model: PreTrainedModel, image_size: int | tuple[int, int], c
     else:
         plane = F.interpolate(plane.float(), size=PatchView(larger).grid, mode="bicubic")
     weights[name] = torch.cat([prefix, plane.flatten(2).transpose(1, 2).to(prefix.dtype)], dim=1)
-    larger.load_state_dict(weights)
+    try:
+        larger.load_state_dict(weights)
+        PatchView(larger).encode(torch.zeros(1, old.num_channels, height, width))  # some only take squares
+    except RuntimeError as error:
+        raise misfit from error
     return larger.to(table.dtype).eval()
 
 
@@ -269,6 +274,12 @@ class PatchView:
     def grid(self) -> tuple[int, int]:
         """(rows, cols) of the patch grid at the model's own image size."""
         return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
+
+    def on_pixels(self, patches: torch.Tensor) -> torch.Tensor:
+        """Values of patches [..., rows, cols] on the pixels that they see, [..., H, W]; pixels beyond the last patch get 0."""
+        (height, width), (down, across) = self.image_size, self.patch_size
+        pixels = patches.repeat_interleave(down, -2).repeat_interleave(across, -1)
+        return F.pad(pixels, (0, width - pixels.shape[-1], 0, height - pixels.shape[-2]))
 
     def check(self, pixel_values: torch.Tensor) -> None:
         """Raise `VDMError` unless `pixel_values` is a finite float tensor [B, C, H, W] that this model takes."""
@@ -384,6 +395,12 @@ class PatchView:
         if logits[gone.all(1)].isnan().any():  # a mean over no patch
             raise nothing_left
         return logits
+
+
+def own_image_size(model: PreTrainedModel) -> tuple[int, int] | None:
+    """(height, width) of the pictures that a classifier takes; None where it takes any, as a ConvNeXt does."""
+    config = getattr(model.config, "vision_config", model.config)
+    return None if hasattr(config, "depths") else as_pair(config.image_size)
 
 
 def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
