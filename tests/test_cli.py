@@ -86,6 +86,7 @@ def test_every_launch_option_of_the_reference_at_once(dataset):
     [
         ("train", DiffMaskSettings, "--no_placeholder --lr_placeholder 0.1", "lr_placeholder"),
         ("train", DiffMaskSettings, "--grid_size 2", "grid_size"),
+        ("train", DiffMaskSettings, "--start_from mask --alpha 5", "alpha"),
         ("train", DiffMaskSettings, "--dataset digits --class_idx=2", "class_idx"),
         ("train-base", ClassifierSettings, "--from_pretrained x --patch_size 4", "patch_size"),
         ("train-base", ClassifierSettings, "--from_pretrained x --mimetic_start", "mimetic_start"),

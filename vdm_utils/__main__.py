@@ -66,6 +66,9 @@ NEEDS = {
     "augment_cells": (lambda c: c.dataset.endswith("_QA") and c.augmentations(), "a _QA dataset and an augmentation"),
     "skip_unreadable": (lambda c: c.dataset.startswith(("folder", "ImageNet")), "--dataset folder or ImageNet"),
     "block_size": (lambda c: c.block_share > 0, "--block_share"),
+    **dict.fromkeys(
+        ("alpha", "grey_start", "zero_start"), (lambda c: not c.start_from, "a fresh start, so no --start_from")
+    ),
     "lr_placeholder": (lambda c: not c.no_placeholder, "a placeholder, so no --no_placeholder"),
     "size": (lambda c: not c.from_pretrained, "a base from scratch, so no --from_pretrained"),
     "patch_size": (lambda c: not c.from_pretrained, "a base from scratch, so no --from_pretrained"),

@@ -144,7 +144,10 @@ class DiffMaskSettings(RunSettings):
         "tanlq/vit-base-patch16-224-in21k-finetuned-cifar10", "Hub name or folder of the classifier to explain"
     )
     diffmask_checkpoint: str | None = option(None, "checkpoint folder of an interrupted run to resume, or 'last'")
-    start_from: str | None = option(None, "folder of another DiffMask, of a base of the same shape, to start from")
+    start_from: str | None = option(
+        None,
+        "folder of another DiffMask, of a base of the same shape, to start from: gates, placeholder and multipliers",
+    )
     sample_images: int = option(8, "images of the picture grid that is drawn at every evaluation")
     alpha: float = option(20.0, "start of the Lagrange multipliers")
     alpha_min: float = option(0.0, "lower bound of the multipliers")
