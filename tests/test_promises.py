@@ -136,7 +136,7 @@ def test_the_short_table_of_curves_says_what_the_long_ones_do():
 
 def test_the_short_sentences_say_what_the_long_ones_do():
     text = flat(chapter("What was measured"))
-    step, mask = rows(claim("Cost"))
+    step, mask, *_ = rows(claim("Cost"))
     told = re.search(r"costs ([\d.]+) .* a mask ([\d.]+) .*: ([\d.]+) and ([\d.]+)\)", text).groups()
     assert told == (step[1], mask[1], step[2], mask[2])
     shares = re.search(
