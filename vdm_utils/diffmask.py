@@ -159,10 +159,8 @@ class VisionDiffMask(PreTrainedModel):
         settings = VisionDiffMaskConfig(**own, **config)
         check_numbers(settings, where)
         diffmask = cls(settings)
-        name = str(model.name_or_path or "")
-        diffmask.config.base_name_or_path = (
-            os.path.abspath(name) if os.path.isdir(name) else name
-        )  # the working folder may change
+        name = str(model.name_or_path or "")  # of a folder the whole path: the working folder may change
+        diffmask.config.base_name_or_path = os.path.abspath(name) if os.path.isdir(name) else name
         diffmask.attach(model)
         return diffmask.to(model.device)
 
@@ -292,10 +290,10 @@ class VisionDiffMask(PreTrainedModel):
         folder, name = Path(save_directory), self.config.base_name_or_path
         if not name:
             save_classifier(self.base, folder / "base")
-            stored, self.config.base_fingerprint = (
-                "base",
-                fingerprint(self.base),
-            )  # its precision may have changed since
+            stored = "base"
+            self.config.base_fingerprint = fingerprint(
+                self.base
+            )  # its precision may have changed since it was attached
         elif Path(name).is_dir():
             stored = os.path.relpath(os.path.realpath(name), os.path.realpath(folder))  # wherever links lead
         else:

@@ -55,10 +55,8 @@ def share_below(scores: torch.Tensor) -> torch.Tensor:
     """For every patch the share of patches with lower `scores` [B, rows, cols], equal ones counting half: [B, N] in 0..1."""
     x = scores.flatten(1).contiguous()
     ordered = x.sort(1).values
-    below = torch.searchsorted(ordered, x) + torch.searchsorted(
-        ordered, x, right=True
-    )  # twice the lower ones + the equal ones
-    return below.double() / (2 * x.shape[1])
+    lower, lower_or_equal = torch.searchsorted(ordered, x), torch.searchsorted(ordered, x, right=True)
+    return (lower + lower_or_equal).double() / (2 * x.shape[1])
 
 
 def top_patches(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

@@ -145,8 +145,7 @@ class DiffMaskSettings(RunSettings):
     )
     diffmask_checkpoint: str | None = option(None, "checkpoint folder of an interrupted run to resume, or 'last'")
     start_from: str | None = option(
-        None,
-        "folder of another DiffMask, of a base of the same shape, to start from: gates, placeholder and multipliers",
+        None, "folder of another DiffMask to start from, of a base of the same shape: gates, placeholder, multipliers"
     )
     sample_images: int = option(8, "images of the picture grid that is drawn at every evaluation")
     alpha: float = option(20.0, "start of the Lagrange multipliers")

@@ -400,7 +400,8 @@ class PatchView:
 def own_image_size(model: PreTrainedModel) -> tuple[int, int] | None:
     """(height, width) of the pictures that a classifier takes; None where it takes any, as a ConvNeXt does."""
     config = getattr(model.config, "vision_config", model.config)
-    return None if hasattr(config, "depths") else as_pair(config.image_size)
+    takes_any = hasattr(config, "depths") or not hasattr(config, "image_size")
+    return None if takes_any else as_pair(config.image_size)
 
 
 def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
