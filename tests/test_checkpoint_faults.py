@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from test_faults import complaint, contents
 
 from vdm_utils.__main__ import main
-from vdm_utils.checkpoints import CHECKSUMS, write_checksums
+from vdm_utils.checkpoints import CHECKSUMS, STATE, check_resumable, verify_checksums, write_checksums
 from vdm_utils.diffmask import VisionDiffMask
+from vdm_utils.errors import VDMError
 from vdm_utils.vit import build_classifier, load_classifier
 
 ROOT = Path(__file__).parent.parent
@@ -425,14 +426,13 @@ def test_runs_are_not_resumed_from_a_damaged_checkpoint(
 
 
 @pytest.mark.parametrize("job", ["train-base", "train"])
-def test_checkpoints_without_checksums_never_fall_back_to_a_pickle(
-    base_run, diffmask_run, tmp_path, capsys, canary, job
-):
+def test_checkpoints_never_fall_back_to_a_pickle(base_run, diffmask_run, tmp_path, capsys, canary, job):
     whole, words = (base_run, BASE) if job == "train-base" else (diffmask_run, DIFFMASK)
-    checkpoint = unsigned(Path(shutil.copytree(whole / "checkpoint-8", tmp_path / "checkpoint-8")))
+    checkpoint = Path(shutil.copytree(whole / "checkpoint-8", tmp_path / "checkpoint-8"))
     weights = load_file(checkpoint / WEIGHTS)
     (checkpoint / WEIGHTS).unlink()
     torch.save(weights, checkpoint / "pytorch_model.bin")  # what Trainer would read instead
+    write_checksums(checkpoint)  # by somebody who means it
     flag = "--checkpoint" if job == "train-base" else "--diffmask_checkpoint"
     words = [*words, flag, str(checkpoint), "--output_dir", str(tmp_path / "new")]
     assert main(words if job == "train-base" else [*words, "--from_pretrained", str(base_run)]) == 2
@@ -482,3 +482,19 @@ def test_what_ships_next_has_checksums(pictures, tmp_path):
             assert 1e-4 < off.max() <= 2**-7, name
     diffmask.load_state_dict(rounded)
     assert torch.equal(loaded.explain(pictures).kl, diffmask.explain(pictures).kl)
+
+
+def test_a_state_that_was_changed_is_not_resumed(base_run, tmp_path):
+    shutil.copytree(base_run, tmp_path / "run")
+    state = tmp_path / "run" / "checkpoint-8" / STATE
+    check_resumable(state.parent, "test"), verify_checksums(state.parent)
+    state.write_text(state.read_text().replace('"global_step": 8', '"global_step": 7'))
+    with pytest.raises(VDMError, match="altered"):
+        verify_checksums(state.parent)
+
+
+def test_a_checkpoint_without_checksums_is_not_resumed(base_run, tmp_path):
+    shutil.copytree(base_run / "checkpoint-8", tmp_path / "checkpoint-8")
+    (tmp_path / "checkpoint-8" / CHECKSUMS).unlink()
+    with pytest.raises(VDMError, match="nothing to resume"):
+        check_resumable(tmp_path / "checkpoint-8", "test")

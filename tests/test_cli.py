@@ -5,6 +5,7 @@ import re
 import runpy
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,6 +145,22 @@ def test_explain_shows_masks_that_were_checked(capsys, diffmask_run, tmp_path, w
     code, printed, _ = run(capsys, *words, "--output_dir", tmp_path / "out")
     assert code == 0 and printed["feasible"] == 1
     assert set(load_file(tmp_path / "out" / "masks.safetensors")["mask"].unique().tolist()) <= {0.0, 1.0}
+
+
+def test_a_full_disk_leaves_no_part_of_a_picture(capsys, diffmask_run, tmp_path, monkeypatch):
+    write = Path.write_bytes
+
+    def full(self, content):
+        if len(content) > 2000:
+            write(self, content[:2000])
+            raise OSError(28, "No space left on device")
+        return write(self, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    words = ["explain", "--diffmask_checkpoint", diffmask_run, "--dataset", "digits", "--sample_images", 2]
+    code, _, error = run(capsys, *words, "--output_dir", tmp_path / "out")
+    assert code == 2 and "No space left" in error
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["settings.json"]
 
 
 def test_explain_takes_picture_files(capsys, diffmask_run, tmp_path, monkeypatch):
@@ -380,6 +397,12 @@ def test_a_flag_wins_over_the_recipe(words):
     assert not off.normalize and off.max_steps == -1
 
 
+def test_a_number_of_epochs_wins_over_the_steps_of_a_recipe():
+    assert parse(DiffMaskSettings, "train", split("--recipe quick")).max_steps == 800
+    assert parse(DiffMaskSettings, "train", split("--recipe quick --num_epochs 2")).max_steps == -1
+    assert parse(DiffMaskSettings, "train", split("--recipe quick --num_epochs 2 --max_steps 5")).max_steps == 5
+
+
 def test_flags_are_written_out():
     with pytest.raises((ValueError, SystemExit)):  # what is unique today may not be tomorrow
         parse(ClassifierSettings, "train-base", ["--patien", "4"])
@@ -418,7 +441,8 @@ def test_runs_without_a_folder_get_a_new_one(tmp_path, monkeypatch):
         assert str(folder) == name
         folder.mkdir(parents=True)
     (tmp_path / "runs/x/checkpoint-8").mkdir(parents=True)
-    (tmp_path / "runs/x/checkpoint-8/trainer_state.json").write_text("{}")
+    for name in ("trainer_state.json", "SHA256SUMS"):
+        (tmp_path / "runs/x/checkpoint-8" / name).write_text("")
     assert (
         str(output_folder(chosen, "train-base", "runs/x/checkpoint-8")) == "runs/x"
     )  # a resumed one stays where it is

@@ -1,6 +1,7 @@
 """The data is what it says it is: counting tasks with a true explanation, equal on every machine."""
 
 import hashlib
+import socket
 
 import numpy as np
 import pytest
@@ -231,7 +232,8 @@ def test_grey_folder_and_torchvision_files(offline, tmp_path, monkeypatch):
     assert found.images[:, 1, 0, 3].tolist() == list(range(20)) and found.id2label[9] == "j"
     monkeypatch.delenv("VDM_DATA_DIR")
     load_data("CIFAR10", "test", data_dir="a")
-    assert offline[2:] == [("a", False), ("data", False), ("a", True)]  # only when there is nothing anywhere
+    places = [("a", False), ("data", False), (str(sources.PROJECT_DATA), False)]
+    assert offline[2:] == [*places, ("a", True)]  # only when there is nothing anywhere
 
 
 # ---------------------------------------------------------------- drawn shapes
@@ -590,3 +592,16 @@ def test_an_empty_cell_is_empty_to_its_border():
         for cols in (slice(0, 41), slice(41, 82)):
             cell = pixels[:, :, rows, cols].flatten(2)
             assert (cell == cell[..., :1]).all()
+
+
+def test_a_download_does_not_wait_for_ever(tmp_path):
+    waits = []
+
+    class Silent:
+        def __init__(self, *place, **options):
+            waits.append(socket.getdefaulttimeout())
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        sources.download(Silent, tmp_path, "train")
+    assert waits == [sources.SECONDS] and socket.getdefaulttimeout() is None

@@ -673,3 +673,10 @@ def test_flipbook_holds_each_input_once_and_stays_small(photographs):
     (first,) = re.findall(r"\.input-0 {background-image: url\((.*?)\)}", page)
     assert torch.allclose(array(first)[..., :3], torch.from_numpy(to_image(pixel_values[0])), atol=0.005)
     assert len(page) < 1.5e6 / 8
+
+
+def test_a_button_that_fails_says_so(diffmask, pictures, monkeypatch):
+    explorer = what_if_explorer(diffmask, pictures, dict(diffmask.base.config.id2label))
+    monkeypatch.setattr(diffmask, "explain", lambda *inputs, **options: 1 / 0)
+    explorer.buttons[1].click()
+    assert "ZeroDivisionError" in explorer.message.value

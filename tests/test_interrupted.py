@@ -273,12 +273,13 @@ def test_the_last_checkpoint_is_a_whole_one(whole, tmp_path, caplog):
     assert last_checkpoint(folder) is None
 
 
-@pytest.mark.parametrize("failing", ["write_text", "replace"])
+@pytest.mark.parametrize("failing", ["write_bytes", "replace"])
 def test_a_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, failing):
     (tmp_path / "metrics.csv").write_text("as it was")
 
     def half(file, text, **kwargs):
-        file.write_bytes(b"ha")
+        with open(file, "wb") as opened:
+            opened.write(b"ha")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(VDMError, match="No space left"):

@@ -227,3 +227,15 @@ def test_a_killed_kernel_fails_within_a_minute(tmp_path):
     assert time.time() - (tmp_path / "at").stat().st_mtime < 60
     assert done.returncode == 1 and re.findall(r"^FAILED .*::Cell (\d)", done.stdout, re.M) == ["1", "2"]
     assert "the kernel died in this cell" in done.stdout
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_set_up_cells_run_in_the_profile_for_a_gpu(path):
+    cells = [cell.source for cell in tagged(read(path), "setup")]
+    if not any("profile." in source for source in cells):
+        pytest.skip("the profile has no say in them")
+    environment = os.environ | {"VDM_PROFILE": "paper", "MPLBACKEND": "agg"}
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(cells)], cwd=path.parent, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-800:]

@@ -444,3 +444,19 @@ def test_models_are_left_where_they_were(diffmask, toy, tmp_path, monkeypatch):
         model, toy, toy, settings(ClassifierSettings, max_steps=1, num_workers=0), tmp_path / "base"
     )
     assert moves[-1] == (torch.device("cpu"),)
+
+
+def test_a_training_that_diverged_is_not_saved(toy, tmp_path, monkeypatch):
+    model = build_classifier(image_size=12, patch_size=4, id2label=toy.id2label)
+    chosen = settings(ClassifierSettings, max_steps=2, log_every_n_steps=2, num_workers=0)
+    monkeypatch.setattr(
+        training.ClassifierTrainer, "evaluate", lambda self, **how: {"eval_loss": float("nan"), "eval_score": 0.0}
+    )
+    with pytest.raises(VDMError, match="has diverged"):
+        training.train_classifier(model, toy, toy, chosen, tmp_path / "run")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_misspelt_setting_is_named():
+    with pytest.raises(VDMError, match="did you mean 'eps'"):
+        settings(DiffMaskSettings, "quick", epss=1)

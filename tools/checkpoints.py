@@ -1,4 +1,5 @@
-"""Train again what ships under data/checkpoints, with the commands that its cards state.
+"""Train again what ships under data/checkpoints, or what is as good: with the commands that the cards state, but for the last
+schools of the CIFAR-10 classifier and of its counter, of which the cards say how they were found.
 
     python tools/checkpoints.py            # all of them; hours on two CPU cores, nearly all of them for cifar10
     python tools/checkpoints.py toy        # one task

@@ -8,11 +8,11 @@ import logging
 import sys
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from transformers import HfArgumentParser, set_seed
 from transformers.utils import logging as transformers_logging
 
-from vdm_utils.checkpoints import check_resumable, save_classifier
+from vdm_utils.checkpoints import check_resumable, save_classifier, write_whole
 from vdm_utils.data import Pictures, load_data
 from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.errors import VDMError, unknown_name
@@ -88,8 +88,11 @@ def parse(kind: type, job: str, words: list[str]) -> DataSettings:
     chosen, *rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if any(rest):
         raise unknown_name("option", rest[0][0], [f"--{name}" for name in vars(chosen)], program)
+    typed = dict.fromkeys(word[2:].split("=")[0] for word in words if word.startswith("--"))
+    if "num_epochs" in typed and "max_steps" not in typed:
+        chosen.max_steps = -1  # that of the recipe would win over the flag
     chosen.validate()
-    for name in dict.fromkeys(word[2:].split("=")[0] for word in words if word.startswith("--")):
+    for name in typed:
         works, needed = NEEDS.get(name, (lambda c: True, ""))
         if not works(chosen):
             logger.warning("--%s has no effect here: it needs %s", name, needed)
@@ -100,7 +103,7 @@ def output_folder(chosen: DataSettings, job: str, resume: str | None = None) -> 
     """The run's folder: as asked for, else a new one under `runs/`; a finished run is never written over."""
     if resume not in (None, "last"):
         check_resumable(Path(resume), job)
-    if chosen.output_dir is None:
+    if not chosen.output_dir:
         if resume == "last":
             raise VDMError("the last checkpoint of which run?", where=job, expected="--output_dir beside 'last'", got="none",
                            fix="name the folder of that run")  # fmt: skip
@@ -125,7 +128,7 @@ def start_run(chosen: DataSettings, folder: Path) -> Path:
     """Make the run's folder and write its settings there at once, so that a run that is killed can be told apart."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "settings.json").write_text(json.dumps(vars(chosen), indent=2) + "\n")
+        write_whole(folder / "settings.json", json.dumps(vars(chosen), indent=2) + "\n")
     except OSError as error:
         raise VDMError("the output folder cannot be written", where="--output_dir", expected="a folder of yours", got=error,
                        fix="name another --output_dir") from error  # fmt: skip
@@ -254,10 +257,9 @@ def explain(words: list[str]) -> dict:
         for name, c, a, k, d in zip(names, before, after, shown.kept.tolist(), shown.kl.tolist())
     ]
     start_run(chosen, folder)
-    (folder / "explanations.png").write_bytes(to_png(explained_beside_others(diffmask, batch, shown, id2label)))
-    save_file({"mask": shown.mask, "scores": shown.scores.contiguous()}, folder / "masks.safetensors")
-    text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
-    (folder / "explanations.json").write_text(text, encoding="utf-8", errors="backslashreplace")  # names of any bytes
+    write_whole(folder / "explanations.png", to_png(explained_beside_others(diffmask, batch, shown, id2label)))
+    write_whole(folder / "masks.safetensors", save({"mask": shown.mask, "scores": shown.scores.contiguous()}))
+    write_whole(folder / "explanations.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     return {"output_dir": str(folder), "pictures": len(facts), "kept": shown.kept.mean().item(), "kl": shown.kl.mean().item(),
             "feasible": (shown.kl <= diffmask.config.eps).float().mean().item()}  # fmt: skip
 

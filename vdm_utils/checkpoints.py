@@ -50,12 +50,16 @@ def check_writable(folder: Path) -> None:
             probe.write(bytes(2**16))
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a text under another name first: whoever is interrupted leaves the old file or the new one."""
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Write a file under another name first: whoever is interrupted leaves the old file or the new one."""
     part = file.with_name(f"{file.name}.part")
     with writing(file.parent):
-        part.write_text(text, encoding="utf-8")
-        part.replace(file)
+        try:
+            part.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
+            part.replace(file)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
 
 
 def guard_saving(trainer: Trainer) -> None:
@@ -79,8 +83,9 @@ def guard_saving(trainer: Trainer) -> None:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of the config, of every file of weights and, where a run can be resumed, of its optimizer's state."""
-    files = [folder / "config.json", *(f for f in folder.iterdir() if f.suffix in (".safetensors", ".pt", ".pth"))]
+    """SHA-256 of the config, of every file of weights and, where a run can be resumed, of its state and its optimizer's."""
+    kept = (f for f in folder.iterdir() if f.suffix in (".safetensors", ".pt", ".pth") or f.name == STATE)
+    files = [folder / "config.json", *kept]
     contents = {file.name: file.read_bytes() for file in files}
     # git on Windows may have changed the line ends of a text
     contents["config.json"] = contents["config.json"].replace(b"\r\n", b"\n")
@@ -107,6 +112,8 @@ def verify_checksums(folder: Path) -> None:
     except OSError as error:
         raise VDMError("cannot load the model: a file is missing", where=str(folder), expected=", ".join(listed), got=error,
                        fix="copy the whole folder again") from error  # fmt: skip
+    if STATE not in listed:  # saved before it was listed
+        found.pop(STATE, None)
     altered = sorted({name for name, _ in listed.items() ^ found.items()})
     if altered:
         raise VDMError("cannot load the model: it was altered after it was saved", where=str(folder), expected=f"the files that {CHECKSUMS} lists",
@@ -133,7 +140,8 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def check_resumable(checkpoint: Path, where: str) -> None:
     """Raise `VDMError` unless this is a `checkpoint-N` folder that was saved to the end; a finished run's folder is none."""
-    if not checkpoint.name.removeprefix("checkpoint-").isdecimal() or not (checkpoint / STATE).is_file():
+    whole = all((checkpoint / name).is_file() for name in (STATE, CHECKSUMS))
+    if not checkpoint.name.removeprefix("checkpoint-").isdecimal() or not whole:
         raise VDMError("nothing to resume", where=where, expected="a checkpoint-N folder of an earlier run", got=checkpoint,
                        fix="name one, or leave it out to start anew")  # fmt: skip
 

@@ -7,7 +7,8 @@ and 8, and a PNG pushed into `Image.value` looks the same in JupyterLab, Colab a
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -48,11 +49,17 @@ class Explorer(ipywidgets.VBox):
         state = {name: control.value for name, control in self.controls.items()}
         if state == self.drawn:  # a control that moved another one has been answered already
             return
-        try:
+        self.drawn = None
+        with self.telling():
             self.picture.value = self.draw(**state)
             self.message.value, self.drawn = "", state
-        except Exception as problem:  # whatever it is, the reader has to see it
-            self.drawn = None
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Show what goes wrong in the block, whatever it is: the reader has to see it."""
+        try:
+            yield
+        except Exception as problem:
             self.message.value = f"<pre>{html.escape(f'{type(problem).__name__}: {problem}')}</pre>"
 
     def __repr__(self) -> str:
@@ -278,8 +285,9 @@ def what_if_explorer(diffmask: VisionDiffMask, pixel_values: torch.Tensor, id2la
 
     def take_mask(button: ipywidgets.Button) -> None:
         index = controls["index"].value
-        shown = diffmask.explain(pixel_values[index : index + 1].to(diffmask.device), check=False)
-        patches.value = tuple((shown.mask >= 0.5).flatten().tolist())
+        with explorer.telling():
+            shown = diffmask.explain(pixel_values[index : index + 1].to(diffmask.device), check=False)
+            patches.value = tuple((shown.mask >= 0.5).flatten().tolist())
 
     show_picture()
     controls["index"].observe(show_picture, names="value")  # before the explorer's own: it draws the new mosaic, once

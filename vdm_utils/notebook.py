@@ -42,7 +42,7 @@ class Profile:
 
 PROFILES = {
     "quick": Profile("quick", base_steps=600, diffmask_steps=800, images=500, recipe="quick"),
-    "paper": Profile("paper", base_steps=6000, diffmask_steps=20_000, images=10_000, recipe="paper"),
+    "paper": Profile("paper", base_steps=6000, diffmask_steps=20_000, images=1_000, recipe="paper"),
 }
 
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from transformers import TrainerCallback
 
 from vdm_utils.attributions import attention_rollout, grad_cam
+from vdm_utils.checkpoints import write_whole
 from vdm_utils.data import Pictures
 from vdm_utils.diffmask import Explanation, VisionDiffMask
 
@@ -162,7 +163,7 @@ def explanation_grid(
     if truth is not None:
         rows["truth"] = truth
     label = "P(z ≠ 0): 0 dropped, 1 kept" + ("; other methods: scaled to 0…1" if others else "")
-    return picture_grid(rows, titles, label=label, cells=cells)
+    return picture_grid(rows, titles, limit=len(pixel_values), label=label, cells=cells)
 
 
 def to_png(figure: Figure, dpi: int = 100) -> bytes:
@@ -205,5 +206,5 @@ class SampleImages(TrainerCallback):
     def on_evaluate(self, args, state, control, model: VisionDiffMask, **kwargs):
         file = Path(args.output_dir, f"samples-{state.global_step}.png")
         shown = model.explain(self.batch["pixel_values"].to(model.device))
-        file.write_bytes(to_png(explained_beside_others(model, self.batch, shown, self.data.id2label)))
+        write_whole(file, to_png(explained_beside_others(model, self.batch, shown, self.data.id2label)))
         send_to_trackers(args.report_to, file, state.global_step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -230,6 +230,10 @@ def settings(kind: type, recipe: str = "reference", **changes) -> DataSettings:
     """The settings of a recipe with `changes` on top: `settings(DiffMaskSettings, "quick", eps=0.05)`."""
     if recipe not in RECIPES:
         raise unknown_name("recipe", recipe, RECIPES, "settings")
+    known = {one.name for one in fields(kind)}
+    for name in changes:
+        if name not in known:
+            raise unknown_name("setting", name, known, "settings")
     return kind(**{"recipe": recipe, **RECIPES[recipe].get(kind, {}), **changes})
 
 

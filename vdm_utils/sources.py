@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,7 +23,9 @@ from vdm_utils.pictures import ImageSet, Pictures
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
-HELD_OUT = 10_000  # at most so many training pictures, and at most a tenth of them, are the validation split
+PROJECT_DATA = Path(__file__).resolve().parent.parent / "data"  # notebooks run in a folder of their own
+SECONDS = 10.0  # without a word from a server, after which a download is given up; torchvision would wait for ever
+HELD_OUT = 5_000  # at most so many training pictures, and at most a tenth of them, are the validation split
 
 
 def digits(split: str, seed: int) -> ImageSet:
@@ -196,7 +199,7 @@ def _is_readable(file: Path) -> bool:
 
 def search_path(data_dir: str | os.PathLike | None) -> list[Path]:
     """Where downloaded data is looked for, in order."""
-    candidates = [data_dir, os.environ.get("VDM_DATA_DIR"), "data"]
+    candidates = [data_dir, os.environ.get("VDM_DATA_DIR"), "data", PROJECT_DATA if PROJECT_DATA.is_dir() else None]
     return list(dict.fromkeys(Path(c) for c in candidates if c))
 
 
@@ -241,7 +244,12 @@ def download(dataset: type[MNIST | CIFAR10], place: Path, part: str) -> MNIST | 
     place.mkdir(parents=True, exist_ok=True)
     with FileLock(place / f".{dataset.__name__}.lock"):  # the system opens it when its holder is killed
         drop_half_unpacked(place / "MNIST" / "raw")  # of CIFAR-10 every file is checked
-        return dataset(str(place), train=part == "train", download=True)
+        patience = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(SECONDS)
+        try:
+            return dataset(str(place), train=part == "train", download=True)
+        finally:
+            socket.setdefaulttimeout(patience)
 
 
 def find_or_download(name: str, part: str, places: list[Path]) -> MNIST | CIFAR10:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -232,12 +233,15 @@ def train_classifier(
         plain_attention(model, chosen.bf16),
     ):
         run_to_the_end(trainer, resume)
+    model.eval()
+    metrics = trainer.evaluate()
+    if not math.isfinite(metrics["eval_loss"]):
+        raise VDMError("the training has diverged", where="train_classifier", expected="a finite loss", got=metrics["eval_loss"],
+                       fix="lower --lr; nothing was saved but checkpoints")  # fmt: skip
     trainer.save_model()
     if trainer.is_world_process_zero():
         write_checksums(output_dir)
     model.name_or_path = str(output_dir)
-    model.eval()
-    metrics = trainer.evaluate()
     model.to(home)  # Trainer has taken it to a GPU where there is one; its pictures are here
     return metrics
 
