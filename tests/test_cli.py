@@ -1,5 +1,6 @@
 """The command line: every job end to end, the reference's flags and defaults, and mistakes without a traceback."""
 
+import dataclasses
 import json
 import re
 import runpy
@@ -145,6 +146,48 @@ def test_explain_shows_masks_that_were_checked(capsys, diffmask_run, tmp_path, w
     code, printed, _ = run(capsys, *words, "--output_dir", tmp_path / "out")
     assert code == 0 and printed["feasible"] == 1
     assert set(load_file(tmp_path / "out" / "masks.safetensors")["mask"].unique().tolist()) <= {0.0, 1.0}
+
+
+def test_explain_tells_the_class_of_the_masked_picture_and_passes_its_seed_on(
+    capsys, diffmask_run, tmp_path, monkeypatch
+):
+    seeds = []
+
+    def other_class(diffmask, pixel_values, steps, seed):
+        seeds.append(seed)
+        shown = diffmask.explain(pixel_values)
+        return dataclasses.replace(shown, masked_logits=shown.logits.roll(1, -1))
+
+    monkeypatch.setattr("vdm_utils.__main__.refine", other_class)
+    words = [
+        "explain",
+        "--diffmask_checkpoint",
+        diffmask_run,
+        "--dataset",
+        "digits",
+        "--sample_images",
+        3,
+        "--refine",
+        4,
+    ]
+    assert run(capsys, *words, "--seed", 9, "--output_dir", tmp_path / "out")[0] == 0 and seeds == [9]
+    for fact in json.loads((tmp_path / "out" / "explanations.json").read_text()):
+        assert int(fact["class_of_masked"]) == (int(fact["class"]) + 1) % 10
+
+
+def test_a_mimetic_start_is_one(capsys, tmp_path):
+    words = ["train-base", *TINY, "--lr", 0, "--patch_size", 4]
+    for name, more in (("usual", []), ("mimetic", ["--mimetic_start"])):
+        assert run(capsys, *words, *more, "--output_dir", tmp_path / name)[0] == 0
+    query, key = (
+        load_classifier(tmp_path / "mimetic").vit.layers[0].attention.get_submodule(f"{name}_proj").weight
+        for name in "qk"
+    )
+    plain = [
+        load_classifier(tmp_path / "usual").vit.layers[0].attention.get_submodule(f"{name}_proj").weight
+        for name in "qk"
+    ]
+    assert (query.T @ key).diagonal().mean() > 0.3 > abs((plain[0].T @ plain[1]).diagonal().mean())
 
 
 def test_a_full_disk_leaves_no_part_of_a_picture(capsys, diffmask_run, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from scipy.stats import chisquare
 from sklearn.datasets import load_digits
 from torch.nn.functional import pad
 
-from vdm_utils import data, sources
+from vdm_utils import data, metrics, sources
 from vdm_utils import pictures as pictures_module
 from vdm_utils.data import AUGMENTATIONS, augment_batch, hashed_uniform, load_data
 from vdm_utils.errors import VDMError
@@ -605,3 +605,17 @@ def test_a_download_does_not_wait_for_ever(tmp_path):
     with pytest.raises(TimeoutError):
         sources.download(Silent, tmp_path, "train")
     assert waits == [sources.SECONDS] and socket.getdefaulttimeout() is None
+
+
+def test_the_last_picture_is_the_last():
+    digits = load_data("digits", "test")
+    assert len(digits.batch([len(digits) - 1, -len(digits)])["labels"]) == 2
+    for index in (len(digits), -len(digits) - 1):
+        with pytest.raises(IndexError):
+            digits.batch([index])
+
+
+def test_a_patch_that_is_half_true_is_not_a_true_one():
+    truth = torch.zeros(1, 4, 4)
+    truth[0, 0, :2] = 1  # half of the first patch of 2×2
+    assert metrics.patch_iou(torch.zeros(1, 2, 2), truth).item() == 1

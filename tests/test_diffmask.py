@@ -13,6 +13,7 @@ from torch.nn.functional import kl_div
 from vdm_utils.diffmask import VisionDiffMask, VisionDiffMaskConfig
 from vdm_utils.errors import VDMError
 from vdm_utils.gates import HardConcrete
+from vdm_utils.refine import refine
 from vdm_utils.vit import build_classifier, fingerprint, load_classifier
 
 FIELDS = ("mask", "masks_per_layer", "scores", "kept", "logits", "masked_logits", "kl")
@@ -357,3 +358,12 @@ def test_a_base_that_was_never_saved_is_saved_as_it_is_now(tmp_path):
     diffmask = VisionDiffMask.for_classifier(build_classifier(image_size=12, patch_size=4)).to(torch.bfloat16)
     diffmask.save_pretrained(tmp_path)
     assert VisionDiffMask.from_pretrained(tmp_path).base.dtype == torch.bfloat16
+
+
+def test_a_search_starts_from_what_the_gates_say(base, pictures):
+    """With steps of no length the searches of `refine` end where they began: at the gates."""
+    diffmask = VisionDiffMask.for_classifier(base, add_activation=2.2, mul_activation=0.3, normalize=True)
+    before = diffmask.explain(pictures, check=False).mask
+    refined = refine(diffmask, pictures, steps=1, searches=1, lr=1e-9, eps=1e3)
+    assert 0.4 < before.min() < before.max() < 0.75  # where nothing is drawn towards the middle
+    assert torch.allclose(refined.scores.exp(), before, atol=1e-4)

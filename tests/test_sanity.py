@@ -349,3 +349,9 @@ def test_the_drawn_mask_keeps_what_is_expected(base, toy):
 def test_a_method_that_breaks_down_does_not_pass():
     with pytest.raises(VDMError, match="no ranking"):
         likeness(torch.rand(4, 3, 3), torch.full((4, 3, 3), math.nan))
+
+
+def test_drawing_new_weights_leaves_the_global_random_state_alone(base):
+    state = torch.get_rng_state()
+    randomised(base, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)

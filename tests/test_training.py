@@ -1,6 +1,7 @@
 """Both training jobs: resumed runs are the same runs, each player gets its own step, and the base is left alone."""
 
 import copy
+import inspect
 import subprocess
 import sys
 
@@ -10,11 +11,11 @@ import pytest
 import torch
 from conftest import BASE, DIFFMASK
 from safetensors.torch import load_file
-from transformers import EvalPrediction, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
 from vdm_utils import training
 from vdm_utils.data import load_data
-from vdm_utils.diffmask import VisionDiffMask
+from vdm_utils.diffmask import VisionDiffMask, VisionDiffMaskConfig
 from vdm_utils.errors import VDMError
 from vdm_utils.training import (
     RECIPES,
@@ -460,3 +461,30 @@ def test_a_training_that_diverged_is_not_saved(toy, tmp_path, monkeypatch):
 def test_a_misspelt_setting_is_named():
     with pytest.raises(VDMError, match="did you mean 'eps'"):
         settings(DiffMaskSettings, "quick", epss=1)
+
+
+def test_no_option_is_lost_on_its_way():
+    """What a command line and the settings of a DiffMask, or the arguments of `load_data`, share by name reaches them."""
+    config = VisionDiffMaskConfig().to_dict()
+    chosen = {name for name in vars(settings(DiffMaskSettings)) if name in config}
+    assert set(settings(DiffMaskSettings).config()) == chosen and "kl_quantile" in chosen
+    for kind in (ClassifierSettings, DiffMaskSettings):
+        wanted = {name for name in inspect.signature(load_data).parameters if hasattr(settings(kind), name)}
+        assert wanted <= set(settings(kind).data_options()) and "shortcut" in wanted
+
+
+def test_log_lines_tell_kl_and_l0_since_the_last_one(diffmask, monkeypatch):
+    told = []
+    monkeypatch.setattr(Trainer, "log", lambda self, logs, start_time=None: told.append(logs))
+    trainer = DiffMaskTrainer.__new__(DiffMaskTrainer)
+    trainer.model, trainer.recent = diffmask, [torch.tensor([1.0, 0.5]), torch.tensor([3.0, 0.7])]
+    with torch.no_grad():
+        diffmask.multiplier.parameter.copy_(torch.arange(6.0))
+    trainer.log({"loss": 0.0})
+    assert (told[0]["train_kl"], told[0]["alpha_last"], told[0]["alpha_mean"]) == (2.0, 5.0, 2.5)
+    assert told[0]["train_l0"] == pytest.approx(0.6) and trainer.recent == []
+
+
+def test_a_run_is_as_long_as_asked_for(tmp_path):
+    arguments = training.training_arguments(settings(ClassifierSettings, num_epochs=7, max_steps=9), tmp_path, "steps")
+    assert (arguments.num_train_epochs, arguments.max_steps) == (7, 9)

@@ -352,3 +352,8 @@ def test_positions_are_repeated_in_the_cells_of_a_grid():
     # of another size it is stretched as ever
     plain = with_image_size(model, 16, cells=2).vit.embeddings.position_embeddings
     assert torch.equal(plain, with_image_size(model, 16).vit.embeddings.position_embeddings)
+
+
+def test_a_classifier_of_another_size_is_ready_and_of_the_same_precision():
+    larger = with_image_size(build_classifier(image_size=12, patch_size=4).to(torch.bfloat16), 24)
+    assert not larger.training and larger.dtype == torch.bfloat16
