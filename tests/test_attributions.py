@@ -437,3 +437,9 @@ def test_methods_find_the_truth_of_the_toy_task(toy_test):
         < 0.65
         < min(iou["Attention rollout"], iou["LeGrad"])
     )
+
+
+def test_a_constant_classifier_gets_no_nan(base, pictures):
+    model = copy.deepcopy(base)
+    model.classifier.weight.data.zero_()
+    assert chefer_relevance(model, pictures).isfinite().all()

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BASE, DIFFMASK, load_tool, randomize
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from test_faults import complaint, contents
 
+from vdm_utils import checkpoints
 from vdm_utils.__main__ import main
 from vdm_utils.checkpoints import CHECKSUMS, STATE, check_resumable, verify_checksums, write_checksums
 from vdm_utils.diffmask import VisionDiffMask
@@ -498,3 +500,22 @@ def test_a_checkpoint_without_checksums_is_not_resumed(base_run, tmp_path):
     (tmp_path / "checkpoint-8" / CHECKSUMS).unlink()
     with pytest.raises(VDMError, match="nothing to resume"):
         check_resumable(tmp_path / "checkpoint-8", "test")
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_the_hub_is_asked_again_the_next_time(base, tmp_path, monkeypatch, fails):
+    asked = []
+
+    def load(name, **options):
+        asked.append(constants.HF_HUB_OFFLINE)
+        if fails:
+            raise OSError("not in the cache")
+        return base, {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(checkpoints, "hub_trouble", lambda name, revision: "it is down")
+    try:
+        checkpoints.load_saved(load, "someone/some-vit", "classifier", "here")
+    except VDMError:
+        assert fails
+    assert asked == [True] and constants.HF_HUB_OFFLINE is False

@@ -19,8 +19,9 @@ from vdm_utils import data
 from vdm_utils.__main__ import JOBS, main, output_folder, parse
 from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.plots import send_to_trackers
+from vdm_utils.runs import check_fit
 from vdm_utils.training import ClassifierSettings, DiffMaskSettings, ExplainSettings, evaluate_classifier
-from vdm_utils.vit import fingerprint, load_classifier
+from vdm_utils.vit import build_classifier, fingerprint, load_classifier
 
 TINY = split("--dataset toy --image_size 12 --batch_size 8 --num_workers 0 --max_steps 2 --log_every_n_steps 1")
 COMMON = {
@@ -585,3 +586,12 @@ def test_the_module_exits_with_the_code_of_the_job(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "vdm_utils.__main__")
     with pytest.raises(SystemExit, match="2"):
         runpy.run_module("vdm_utils", run_name="__main__")
+
+
+def test_classes_of_photographs_may_be_spelled_otherwise():
+    named = {n: f"number {n}" for n in range(10)}
+    check_fit(
+        build_classifier(image_size=16, patch_size=8, num_channels=1, id2label=named),
+        data.load_data("digits", "test"),
+        "explain",
+    )

@@ -619,3 +619,74 @@ def test_a_patch_that_is_half_true_is_not_a_true_one():
     truth = torch.zeros(1, 4, 4)
     truth[0, 0, :2] = 1  # half of the first patch of 2×2
     assert metrics.patch_iou(torch.zeros(1, 2, 2), truth).item() == 1
+
+
+def test_torchvisions_files_are_split_without_overlap(offline, monkeypatch):
+    class Torchvision:
+        classes, targets = list("abcdefghij"), [n % 10 for n in range(20)]
+
+        def __init__(self, root, train, download):
+            self.data = np.full((20, 4, 4, 3), 100, dtype=np.uint8) * (not train)
+            self.data[:, 0, 0, 0] = np.arange(20) + 100 * (not train)
+
+    monkeypatch.setattr(sources, "CIFAR10", Torchvision)
+    seen = {
+        name: set(load_data("CIFAR10", name).images[:, 0, 0, 0].tolist()) for name in ("train", "validation", "test")
+    }
+    assert seen["test"] == set(range(100, 120))  # torchvision's own
+    assert len(seen["validation"]) == 2 and seen["train"] | seen["validation"] == set(range(20))
+    assert not seen["train"] & seen["validation"]
+
+
+def test_an_object_is_turned_by_any_angle():
+    shapes, arrow = load_data("shapes", "test"), torch.tensor([SHAPES.index("arrow")] * 2)
+    up, down = shapes._object(arrow, torch.tensor([[1.0, 0.5, 0.5, 0.0], [1.0, 0.5, 0.5, 0.5]]))
+    assert (down != up.flip(0, 1)).sum() <= 4 and (up != up.flip(0)).sum() > 40
+
+
+def test_an_object_stands_out_from_its_background_in_every_channel():
+    shapes = load_data("shapes", "test")
+    batch, ground = shapes.batch(range(200)), 0.6 * shapes.uniform(2, np.arange(200), 12)[:, :3] + 0.2
+    mask = batch["truth"][:, None]
+    colour = ((batch["pixel_values"] + 1) / 2 * mask).sum((2, 3)) / mask.sum((2, 3))
+    assert (colour - ground).abs().min() > 0.3
+
+
+def test_area_of_the_arrow():
+    grid = (torch.arange(200) - 99.5) / 99.5
+    area = inside(SHAPES.index("arrow"), grid[None, :], grid[:, None]).sum().item() * (2 / 199) ** 2
+    assert area == pytest.approx(0.75 * 0.95**2 + 0.48 * 0.9, rel=0.02)
+
+
+def test_grids_have_sensible_cells_and_patches(tmp_path):
+    assert len(load_data("shapes_QA", "test", length=5).pictures) == 10_000
+    assert (
+        load_data("digits_QA", "test", length=5).patch_size == 8
+        and load_data("shapes_QA", "test", length=5).patch_size == 8
+    )
+
+
+def test_fine_detail_is_averaged_and_not_skipped():
+    stripes = torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
+    stripes[..., ::4] = 255
+    pictures = data.ImageSet("stripes", "test", stripes, torch.zeros(1).long(), ["a", "b"])
+    pictures.image_size = (8, 8)
+    shown = (pictures[0]["pixel_values"] + 1) / 2
+    assert shown.mean() == pytest.approx(0.25, abs=0.03) and shown.std() < 0.1
+
+
+def test_a_wide_picture_file_stays_upright(tmp_path):
+    image = np.zeros((20, 40, 3), np.uint8)
+    image[:, 20:] = 255  # right half
+    Image.fromarray(image).save(tmp_path / "wide.png")
+    (found,) = sources.read_pictures([tmp_path / "wide.png"], (10, 20))
+    assert found.shape == (3, 10, 20) and (found[..., 12:] > 0.9).all() and (found[..., :8] < -0.9).all()
+
+
+def test_cells_of_a_folder_are_read_at_least_as_large_as_they_are_shown(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for n in range(50):
+            Image.new("RGB", (40, 40)).save(tmp_path / name / f"{n}.png")
+    grids = load_data("folder_QA", "train", data_dir=tmp_path, image_size=50, length=5, class_idx=0)
+    assert grids.pictures.image_size == (17, 17) and grids.image_size == (50, 50)

@@ -367,3 +367,14 @@ def test_a_search_starts_from_what_the_gates_say(base, pictures):
     refined = refine(diffmask, pictures, steps=1, searches=1, lr=1e-9, eps=1e3)
     assert 0.4 < before.min() < before.max() < 0.75  # where nothing is drawn towards the middle
     assert torch.allclose(refined.scores.exp(), before, atol=1e-4)
+
+
+def test_kl_of_a_half_precision_base_is_in_full_precision(base, pictures):
+    half = copy.deepcopy(base).bfloat16()
+    shown = VisionDiffMask.for_classifier(half, add_activation=0.0, mul_activation=3.0).explain(pictures.bfloat16())
+    assert shown.masked_logits.dtype == torch.bfloat16 and shown.kl.dtype == torch.float32
+
+
+def test_a_new_diffmask_is_where_its_base_is(base, monkeypatch):
+    monkeypatch.setattr("vdm_utils.diffmask.fingerprint", lambda model: "mark")
+    assert VisionDiffMask.for_classifier(copy.deepcopy(base).to("meta")).device.type == "meta"

@@ -9,10 +9,12 @@ from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 
-from vdm_utils import explorers, gallery
+from vdm_utils import explorers, gallery, plots
+from vdm_utils.attributions import attention_rollout, grad_cam
 from vdm_utils.data import load_data
 from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.errors import VDMError
@@ -680,3 +682,83 @@ def test_a_button_that_fails_says_so(diffmask, pictures, monkeypatch):
     monkeypatch.setattr(diffmask, "explain", lambda *inputs, **options: 1 / 0)
     explorer.buttons[1].click()
     assert "ZeroDivisionError" in explorer.message.value
+
+
+def drawn(monkeypatch, draw):
+    figures = []
+    for module in (explorers, gallery):
+        monkeypatch.setattr(module, "to_png", lambda figure: figures.append(figure) or b"")
+    draw()
+    return figures[0]
+
+
+@torch.no_grad()
+def test_bars_of_what_if_are_the_probabilities(explained, monkeypatch):
+    diffmask, pixel_values, id2label = explained
+    kept = (False, True, True) * 3
+    figure = drawn(monkeypatch, lambda: explorers.draw_what_if(diffmask, pixel_values, 1, False, kept, id2label))
+    states = diffmask.view.encode(pixel_values[1:2])
+    logits = diffmask.masked_logits(pixel_values[1:2], states, torch.tensor([kept]))
+    (bars,) = [axes for axes in figure.axes if len(axes.containers) == 2]
+    for container, output in zip(bars.containers, (states.logits, logits)):
+        assert [bar.get_width() for bar in container] == pytest.approx(output.softmax(-1)[0].tolist(), abs=1e-5)
+
+
+def test_gate_picture_draws_the_masses_and_the_distribution_function(monkeypatch):
+    figure = drawn(monkeypatch, lambda: explorers.draw_hard_concrete(0.2, 1.0, -0.2, 1.3))
+    left, right = figure.axes
+    gate = explorers.HardConcrete(torch.tensor(1.0), 0.2, -0.2, 1.3)
+    zero, one = left.patches[1:3]
+    assert (zero.get_x() + zero.get_width() / 2 < 0) and zero.get_height() == pytest.approx(
+        1 - gate.prob_nonzero.item(), abs=1e-5
+    )
+    assert (one.get_x() + one.get_width() / 2 > 1) and one.get_height() == pytest.approx(gate.prob_one.item(), abs=1e-5)
+    t, cdf = (torch.tensor(np.asarray(values), dtype=torch.float) for values in right.lines[0].get_data())
+    z = gate.sample((20_000,))
+    for point in (0.25, 0.5, 0.75):
+        assert cdf[(t - point).abs().argmin()].item() == pytest.approx((z <= point).float().mean().item(), abs=0.02)
+
+
+def test_epsilon_curves_are_those_of_the_picture(explained, by_epsilon, monkeypatch):
+    _, pixel_values, id2label = explained
+    shown = {eps: by_epsilon[eps].explain(pixel_values) for eps in sorted(by_epsilon)}
+    figure = drawn(monkeypatch, lambda: gallery.draw_epsilon(shown, pixel_values, 2, 0.5, id2label))
+    for title, name in (("fraction kept", "kept"), ("KL", "kl")):
+        (axes,) = [a for a in figure.axes if a.get_title().startswith(title)]
+        values = [getattr(one, name)[2].item() for one in shown.values()]
+        assert list(axes.lines[0].get_ydata()) == pytest.approx(values)
+        assert list(axes.lines[2].get_xdata()) == [1]  # the marked point is ε = 0.5
+
+
+def test_every_replay_curve_is_its_own(recorder, monkeypatch):
+    figure = drawn(monkeypatch, lambda: gallery.draw_replay(recorder, 2, 1))
+    expected = {"α": [r.alpha for r in recorder.records], "mean KL": [r.kl.mean().item() for r in recorder.records],
+                "mean L0": [r.kept.mean().item() for r in recorder.records]}  # fmt: skip
+    for title, values in expected.items():
+        (axes,) = [a for a in figure.axes if a.get_title().startswith(title)]
+        assert list(axes.lines[0].get_ydata()) == pytest.approx(values)
+
+
+def test_an_explanation_grid_shows_what_it_names(base, diffmask, toy):
+    batch = toy.batch(range(2))
+    shown = diffmask.explain(batch["pixel_values"])
+    figure = plots.explained_beside_others(diffmask, batch, shown, toy.id2label)
+    axes = [
+        a
+        for a in figure.axes
+        if a.images and a.get_ylabel() in ("input", "mask", "masked input", "Grad-CAM", "rollout", "truth")
+    ]
+    first = {a.get_ylabel(): a.images[0] for a in axes}
+    expected = {
+        "input": plots.to_image(batch["pixel_values"][0]), "mask": shown.mask[0],
+        "masked input": plots.to_image(plots.fade(batch["pixel_values"][0], shown.mask[0])),
+        "Grad-CAM": plots.own_range(grad_cam(base, batch["pixel_values"]))[0],
+        "rollout": plots.own_range(attention_rollout(base, batch["pixel_values"]))[0], "truth": batch["truth"][0],
+    }  # fmt: skip
+    assert list(first) == list(expected)
+    for name, pixels in expected.items():
+        assert np.allclose(first[name].get_array(), np.asarray(pixels), atol=1e-5), name
+    assert all(
+        first[name].get_clim() == (0, 1) for name in ("mask", "Grad-CAM", "rollout", "truth")
+    )  # one colour bar for all
+    plt.close(figure)

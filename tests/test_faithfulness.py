@@ -221,3 +221,12 @@ def test_scores_without_a_number_are_not_compared(diffmask, pictures):
     scores = {"broken": torch.full((8, 3, 3), float("nan"))}
     with pytest.raises(VDMError, match="no ranking"):
         perturbation_areas(diffmask, pictures, scores, fills=("noise",), points=2)
+
+
+def test_the_seed_of_the_areas_draws_the_noise(base, pictures):
+    scores = {"a": torch.rand(8, 3, 3)}
+    first, again, other = (
+        perturbation_areas(base, pictures, scores, ["noise"], points=2, seed=s).query("method == 'a'")["area"].tolist()
+        for s in (0, 0, 1)
+    )
+    assert first == again != other

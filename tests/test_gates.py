@@ -176,3 +176,11 @@ def test_votes_multiply_over_layers():
     for layer in range(4):
         assert torch.allclose(combined[:, layer], probability[:, : layer + 1].prod(1), atol=1e-6)
     assert torch.equal(combine_votes(probability.log(), aggregated=False), probability.log())
+
+
+@pytest.mark.parametrize("log_alpha", [-2.0, 0.0, 0.7, 3.0])
+def test_mean_is_as_exact_as_it_says(log_alpha):
+    gate = HardConcrete(torch.tensor(log_alpha, dtype=torch.float64), 0.2, -0.2, 1.0)
+    t = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    survival = torch.sigmoid(gate.log_alpha - 0.2 * torch.logit((t + 0.2) / 1.2))
+    assert abs(gate.mean - survival.mean()) < 2e-4

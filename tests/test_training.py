@@ -488,3 +488,30 @@ def test_log_lines_tell_kl_and_l0_since_the_last_one(diffmask, monkeypatch):
 def test_a_run_is_as_long_as_asked_for(tmp_path):
     arguments = training.training_arguments(settings(ClassifierSettings, num_epochs=7, max_steps=9), tmp_path, "steps")
     assert (arguments.num_train_epochs, arguments.max_steps) == (7, 9)
+
+
+def test_a_run_without_a_number_of_steps_takes_its_epochs(toy, tmp_path):
+    run_classifier(toy, tmp_path, max_steps=-1, num_epochs=2, batch_size=32)
+    table = pd.read_csv(tmp_path / "metrics.csv")
+    assert table["step"].max() == 6 and table.dropna(subset=["eval_score"])["step"].tolist()[:2] == [3, 6]
+
+
+def test_evaluation_turns_dropout_off(base, toy):
+    model = copy.deepcopy(base).train()
+    model.vit.embeddings.dropout.p = 0.5
+    assert evaluate_classifier(model, toy) == pytest.approx(evaluate_classifier(base, toy))
+
+
+def test_weights_decay(toy, tmp_path):
+    plain, decayed = (run_classifier(toy, tmp_path / str(d), weight_decay=d, lr=1e-2)[0] for d in (0.0, 50.0))
+    norm = [sum(p.abs().sum() for n, p in m.named_parameters() if "fc1.weight" in n) for m in (plain, decayed)]
+    assert norm[1] < 0.7 * norm[0]
+
+
+def test_radam_decays_apart_from_its_gradient(toy, tmp_path, monkeypatch):
+    made, create = [], Trainer.create_optimizer
+    monkeypatch.setattr(Trainer, "create_optimizer", lambda self, *a: made.append(create(self, *a)) or made[-1])
+    run_classifier(toy, tmp_path, optimizer="RAdam", weight_decay=0.25, max_steps=1, log_every_n_steps=1)
+    groups = made[0].param_groups
+    assert type(made[0]) is torch.optim.RAdam and all(g["decoupled_weight_decay"] for g in groups)
+    assert {g["weight_decay"] for g in groups} == {0.25, 0.0}
