@@ -352,3 +352,9 @@ def test_no_more_pictures_than_asked_for_are_seen_at_once(diffmask, pictures, fi
     monkeypatch.setattr(diffmask.base, "forward", lambda x, **options: seen.append(len(x)) or forward(x, **options))
     logits_without(diffmask, pictures, torch.rand(8, 2, 9) > 0.5, fill, batch_size=3)
     assert max(seen) <= 3
+
+
+def test_a_patch_that_is_half_true_is_not_a_true_one():
+    truth = torch.zeros(1, 4, 4)
+    truth[0, 0, :2] = 1  # half of the first patch of 2×2
+    assert patch_iou(torch.zeros(1, 2, 2), truth).item() == 1

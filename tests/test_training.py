@@ -485,11 +485,6 @@ def test_log_lines_tell_kl_and_l0_since_the_last_one(diffmask, monkeypatch):
     assert told[0]["train_l0"] == pytest.approx(0.6) and trainer.recent == []
 
 
-def test_a_run_is_as_long_as_asked_for(tmp_path):
-    arguments = training.training_arguments(settings(ClassifierSettings, num_epochs=7, max_steps=9), tmp_path, "steps")
-    assert (arguments.num_train_epochs, arguments.max_steps) == (7, 9)
-
-
 def test_a_run_without_a_number_of_steps_takes_its_epochs(toy, tmp_path):
     run_classifier(toy, tmp_path, max_steps=-1, num_epochs=2, batch_size=32)
     table = pd.read_csv(tmp_path / "metrics.csv")

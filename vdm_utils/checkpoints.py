@@ -55,6 +55,7 @@ def write_whole(file: Path, content: str | bytes) -> None:
     part = file.with_name(f"{file.name}.part")
     with writing(file.parent):
         try:
+            # a text may hold file names, which need not be valid UTF-8
             part.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
             part.replace(file)
         except OSError:
