@@ -12,9 +12,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfil
 
 setup: .venv/installed
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml tools/ipython_kernel_config.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -e ".[dev]"
+	@mkdir -p .venv/etc/ipython && cp tools/ipython_kernel_config.py .venv/etc/ipython/
 	@touch $@
 
 run: setup  ## execute every notebook and write build/*.ipynb, build/*.html and build/index.html

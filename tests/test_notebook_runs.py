@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -18,7 +19,7 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from test_notebooks import NOTEBOOKS, ROOT, code_cells, names_used_and_made, read, tagged
 
-from vdm_utils import notebook as course
+from vdm_utils.hints import where_made
 
 FAST = ["01_toy_data", "03_gates_and_hard_concrete"]
 SLOW = pytest.mark.skipif(not os.environ.get("VDM_SLOW"), reason="takes minutes: set VDM_SLOW=1")
@@ -182,7 +183,7 @@ class TestRestartPoints:
 
 
 class TestMissingName:
-    """`start` makes a NameError say which cell makes the name."""
+    """A NameError says which cell makes the name: after the set-up cell, and where `make setup` was run before it too."""
 
     @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
     def test_every_notebook_is_known_by_its_set_up(self, path):
@@ -191,8 +192,8 @@ class TestMissingName:
         for exercise in tagged(notebook, "exercise"):
             name = re.search(r"^def (\w+)", exercise.source, re.M)[1]
             made = f"`{name}` is made in cell [{exercise.execution_count}] (“"
-            assert course._where_made(name, setup, []).startswith(made)
-            assert course._where_made(name, setup, [exercise.source]) is None  # nothing above makes it
+            assert where_made(name, setup, []).startswith(made)
+            assert where_made(name, setup, [exercise.source]) is None  # nothing above makes it
 
     def test_in_a_kernel(self, clone):
         notebook = read(clone / "notebooks" / "01_toy_data.ipynb")
@@ -212,6 +213,39 @@ class TestMissingName:
         )
         assert ran[3].outputs[0].evalue == "name 'nowhere' is not defined"
         assert ran[4].outputs[0].ename == "ValueError" and "made in cell" not in ran[4].outputs[0].evalue
+
+    def test_in_a_fresh_kernel(self, clone, monkeypatch):
+        """Before any cell has run, with the configuration that `make setup` puts into the environment."""
+        notebook = read(clone / "notebooks" / "01_toy_data.ipynb")
+        cells = {cell.id: cell for cell in code_cells(notebook)}
+        monkeypatch.setitem(globals(), "surroundings", with_config(surroundings))
+        strange = new_code_cell("something_of(theirs)")
+        tried = [cells["01-10"], strange, cells["01-02"], again(cells["01-10"])]
+        ran = run_in_one_kernel(clone, tried)
+        assert [c.outputs[0].evalue.split("\n")[1:] for c in (ran[0], ran[1], ran[3])] == [
+            ["`labels` is made in cell [5] (“1. The task: how many cells are yellow?”). The set-up cell has not run in this kernel: "
+             "begin with that one, at the top."],
+            [],
+            ["`labels` is made in cell [5] (“1. The task: how many cells are yellow?”): run that one, or start at a “You can start "
+             "here” above."],
+        ]  # fmt: skip
+
+    def test_make_setup_installs_it(self):
+        if Path(sys.prefix) != ROOT / ".venv":
+            pytest.skip("this environment was not made by `make setup`")
+        name = "ipython_kernel_config.py"
+        assert (Path(sys.prefix) / "etc" / "ipython" / name).read_text() == (ROOT / "tools" / name).read_text()
+
+
+def with_config(surroundings):
+    """The same surroundings, with the kernel's configuration in the profile that IPython reads."""
+
+    def more(folder, threads):
+        found = surroundings(folder, threads)
+        shutil.copy(ROOT / "tools" / "ipython_kernel_config.py", Path(found["IPYTHONDIR"]) / "profile_default")
+        return found
+
+    return more
 
 
 def plain(error):

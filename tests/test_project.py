@@ -38,7 +38,7 @@ def test_environment_installs_this_project():
 
 def test_modules_import_only_what_stands_before_them():
     order = ["errors", "pictures", "shapes", "sources", "data", "checkpoints", "vit", "gates", "objective", "diffmask", "pixel_attributions",
-             "attributions", "metrics", "refine", "faithfulness", "sanity", "settings", "runs", "training", "plots", "explorers", "gallery", "notebook",
+             "attributions", "metrics", "refine", "faithfulness", "sanity", "settings", "runs", "training", "plots", "explorers", "gallery", "hints", "notebook",
              "__main__"]  # fmt: skip
     modules = {path.stem for path in (ROOT / "vdm_utils").glob("*.py")} - {"__init__"}
     assert modules == set(order)

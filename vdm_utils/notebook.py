@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import linecache
 import os
-import symtable
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from traceback import walk_tb
-from types import TracebackType
 
 import torch
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from vdm_utils.errors import VDMError, unknown_name
+from vdm_utils.hints import load_ipython_extension
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CHECKPOINTS = REPOSITORY / "data" / "checkpoints"
-NOTEBOOKS = REPOSITORY / "notebooks"
 
 
 @dataclass(frozen=True)
@@ -59,48 +55,8 @@ def start(seed: int = 0) -> Profile:
     if name not in PROFILES:
         raise unknown_name("profile", name, PROFILES, "$VDM_PROFILE")
     if "IPython" in sys.modules and (shell := sys.modules["IPython"].get_ipython()):
-        setup = linecache.getlines(sys._getframe(1).f_code.co_filename)  # the cell that calls this
-        shell.set_custom_exc((NameError,), lambda *failure, **options: _explain_name(setup, *failure, **options))
+        load_ipython_extension(shell, setup=linecache.getlines(sys._getframe(1).f_code.co_filename))  # the calling cell
     return PROFILES[name]
-
-
-def _explain_name(setup: list[str], shell, kind: type, error: NameError, trace: TracebackType, tb_offset=None) -> None:
-    """IPython's handler of NameError: its own traceback, with a last line that says which cell makes the name."""
-    failed = ["".join(linecache.getlines(frame.f_code.co_filename)) for frame, _ in walk_tb(trace)]
-    with suppress(OSError, ValueError):  # a notebook that is being written, say: then there is nothing to add
-        if kind is NameError and error.name and (hint := _where_made(error.name, setup, failed)):
-            error.args = (f"{error.args[0]}\n{hint}",)
-    shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
-
-
-def _where_made(name: str, setup: list[str], failed: list[str]) -> str | None:
-    """The cell above the failed one that last makes a name, in the notebook whose cells share most lines with `setup`."""
-    known = {line.strip() for line in setup}
-    notebooks = [json.loads(path.read_text("utf-8"))["cells"] for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))]
-    shared = [len(known & {line.strip() for c in cells for line in c["source"]}) for cells in notebooks]
-    if not known or max(shared, default=0) <= len(known) / 2:  # not a notebook of the course
-        return None
-    found, number, heading = None, 0, ""
-    for cell in notebooks[shared.index(max(shared))]:
-        source = "".join(cell["source"])
-        if cell["cell_type"] == "markdown":
-            heading = ([heading] + [line.strip("# \n") for line in cell["source"] if line.startswith("##")])[-1]
-        elif source.strip() in [text.strip() for text in failed]:
-            break
-        else:
-            number += 1
-            if _makes(source, name):
-                found = f"`{name}` is made in cell [{number}] (“{heading}”)"
-    return found and f"{found}: run that one, or start at a “You can start here” above."
-
-
-def _makes(source: str, name: str) -> bool:
-    """Whether a cell binds a name at its top level."""
-    try:
-        table = symtable.symtable(source, "cell", "exec")
-    except SyntaxError:  # a magic
-        return False
-    return name in table.get_identifiers() and (table.lookup(name).is_assigned() or table.lookup(name).is_imported())
 
 
 def checkpoint(task: str, part: str) -> str:
