@@ -164,6 +164,15 @@ class TestInOneKernel:
             assert not errors(runs[name]), f"from {name}"
 
 
+@pytest.mark.parametrize("threads", [2, pytest.param(4, marks=SLOW)])
+@pytest.mark.parametrize("name", EVERY)
+def test_more_threads_print_what_is_committed(clone, name, threads):
+    committed = code_cells(read(clone / "notebooks" / f"{name}.ipynb"))
+    ran = run_in_one_kernel(clone, [again(cell) for cell in committed], threads)
+    assert not errors(ran)
+    assert compared(ran) == compared(committed)
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 class TestRestartPoints:
     def test_they_need_no_name_of_a_cell_left_out(self, path):
