@@ -105,6 +105,25 @@ def test_trained_saved_and_loaded(backbone, tmp_path):
         assert torch.equal(getattr(ours, field), getattr(theirs, field)), field
 
 
+def test_a_pass_can_be_left_early(backbone):
+    """At every depth the same mask as of the whole pass, and not a layer beyond what the gate looks at."""
+    diffmask = randomize(VisionDiffMask.for_classifier(backbone, normalize=True), std=0.2)
+    view, ran = diffmask.view, []
+    pixel_values = torch.randn(2, 3, *view.image_size)
+    hooks = [layer.register_forward_hook(lambda *_, k=k: ran.append(k)) for k, layer in enumerate(view.layers)]
+    for depth in range(view.num_states):
+        whole = diffmask.explain(pixel_values, layer=depth, check=False)
+        ran.clear()
+        early = diffmask.explain(pixel_values, layer=depth, check=False, stop_early=True)
+        assert ran == list(range(depth - 1)) and early.logits is None
+        assert torch.equal(early.mask, whole.mask) and torch.equal(early.scores, whole.scores)
+        assert torch.equal(early.masks_per_layer, whole.masks_per_layer[:, : depth + 1])
+    assert torch.equal(early.mask, diffmask.explain(pixel_values, check=False, stop_early=True).mask)
+    for hook in hooks:
+        hook.remove()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in backbone.modules())  # ours are gone as well
+
+
 def change_patches(pixel_values, view, chosen):
     """Other pixels inside the patches where `chosen` [rows, cols] is true."""
     pixel_mask = chosen.repeat_interleave(view.patch_size[0], 0).repeat_interleave(view.patch_size[1], 1)

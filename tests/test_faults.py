@@ -452,6 +452,10 @@ def test_layers_that_do_not_exist(diffmask, pictures, layer):
     assert "expected: 0..5" in complaint(lambda: diffmask.explain(pictures, layer=layer))
 
 
+def test_a_mask_without_an_answer_cannot_be_checked(diffmask, pictures):
+    assert "nothing to check the mask against" in complaint(lambda: diffmask.explain(pictures, stop_early=True))
+
+
 SETTINGS = {
     "unknown": {"epsilon": 0.1},
     "set by the classifier": {"num_gates": 3},

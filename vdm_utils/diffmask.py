@@ -87,7 +87,7 @@ class Explanation:
 
     mask: [B, rows, cols] in [0, 1], P(z ≠ 0); 1 = kept.  masks_per_layer: [B, K, rows, cols].
     scores: [B, rows, cols] log P(z ≠ 0), unsaturated at both ends: rank patches by it.
-    kept: [B] mean of the mask.  logits: [B, C] on the whole images.
+    kept: [B] mean of the mask.  logits: [B, C] on the whole images; None with `stop_early`, and K is then `layer` + 1.
     masked_logits: [B, C], kl: [B] in nats: of *this* mask, blended as shown; None with `check=False`.
     """
 
@@ -95,7 +95,7 @@ class Explanation:
     masks_per_layer: torch.Tensor
     scores: torch.Tensor
     kept: torch.Tensor
-    logits: torch.Tensor
+    logits: torch.Tensor | None
     masked_logits: torch.Tensor | None = None
     kl: torch.Tensor | None = None
 
@@ -260,7 +260,12 @@ class VisionDiffMask(PreTrainedModel):
 
     @torch.no_grad()
     def explain(
-        self, pixel_values: torch.Tensor, layer: int | None = None, aggregated: bool = True, check: bool = True
+        self,
+        pixel_values: torch.Tensor,
+        layer: int | None = None,
+        aggregated: bool = True,
+        check: bool = True,
+        stop_early: bool = False,
     ) -> Explanation:
         """Masks for images [B, C, H, W]: one forward pass of the base, and one more to check the mask.
 
@@ -268,13 +273,19 @@ class VisionDiffMask(PreTrainedModel):
             layer: depth 0..K−1 whose mask is shown; the last by default.
             aggregated: the product of the votes up to `layer` (the explanation) or that gate's vote alone.
             check: run the base on the masked images as well, for `kl` and `masked_logits`.
+            stop_early: leave the base after the state that gate `layer` looks at. The same mask for a part of a pass, but
+                without the base's answer there is nothing to check it against: it wants `check=False`.
         """
         gates = self.config.num_gates
         if layer is not None and not (type(layer) is int and 0 <= layer < gates):
             raise VDMError("no such layer", where="VisionDiffMask.explain", expected=f"0..{gates - 1} or None", got=repr(layer),
                            fix="leave layer out to see the final mask")  # fmt: skip
-        states = self.view.encode(pixel_values)
-        log_prob = combine_votes(self.votes(states).log_prob_nonzero, aggregated)  # [B, K, N]
+        if stop_early and check:
+            raise VDMError("nothing to check the mask against", where="VisionDiffMask.explain", expected="check=False beside stop_early",
+                           got="check=True", fix="leave one of the two out")  # fmt: skip
+        upto = (gates - 1 if layer is None else layer) if stop_early else None
+        states = self.view.encode(pixel_values, upto)
+        log_prob = combine_votes(self.votes(states, upto).log_prob_nonzero, aggregated)  # [B, K, N]
         log_prob = log_prob.unflatten(-1, states.grid)  # [B, K, rows, cols]
         scores = log_prob[:, -1 if layer is None else layer]
         mask = scores.exp()

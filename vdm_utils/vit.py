@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -233,13 +233,17 @@ class PatchStates:
     embeddings: [B, N, d] output of the patch projection, before positions are added.
     hidden: K = L + 2 tensors [B, N, d]: the embeddings, the input of each of the L layers, the output of the last;
         patches only, prefix tokens ([CLS], distillation, registers) left out.
-    logits: [B, C].  grid: (rows, cols) with rows · cols = N.
+    logits: [B, C]; None when the pass was left before the end.  grid: (rows, cols) with rows · cols = N.
     """
 
     embeddings: torch.Tensor
     hidden: list[torch.Tensor]
-    logits: torch.Tensor
+    logits: torch.Tensor | None
     grid: tuple[int, int]
+
+
+class _SeenEnough(Exception):
+    """Leaves a forward pass whose remaining layers nobody asked for."""
 
 
 class PatchView:
@@ -312,27 +316,33 @@ class PatchView:
             for parameter in wanted:
                 parameter.requires_grad_(True)
 
-    def encode(self, pixel_values: torch.Tensor) -> PatchStates:
+    def encode(self, pixel_values: torch.Tensor, upto: int | None = None) -> PatchStates:
         """Run the model on whole images [B, C, H, W] and keep what the gates look at; no gradient is recorded.
+
+        `upto` (0..K−1): leave the pass once that state is known; `hidden` ends with it, and there are no logits.
 
         Raises:
             VDMError: for images that do not fit (`check`), or from which the model computes NaN or infinite logits.
         """
         self.check(pixel_values)
         seen: dict[nn.Module | str, torch.Tensor] = {}
+        wanted = [self.projection, "input", *self.layers][: None if upto is None else upto + 1]
 
         def keep(module, inputs, output):
             seen[module] = output[0] if isinstance(output, tuple) else output
+            if upto is not None and module == wanted[-1]:
+                raise _SeenEnough
 
         def keep_input(module, inputs):
-            seen["input"] = inputs[0]
+            keep("input", None, inputs)
 
-        with torch.no_grad(), self.frozen(), ExitStack() as hooks:
+        logits = None
+        with torch.no_grad(), self.frozen(), ExitStack() as hooks, suppress(_SeenEnough):
             hooks.enter_context(self.layers[0].register_forward_pre_hook(keep_input))
             for module in (self.projection, *self.layers):
                 hooks.enter_context(module.register_forward_hook(keep))
             logits = self.model(pixel_values).logits
-        if not torch.isfinite(logits).all():
+        if logits is not None and not torch.isfinite(logits).all():
             raise VDMError("the classifier's output is not finite", where=type(self.model).__name__, expected="finite logits",
                            got=f"NaN or infinite, from images up to {pixel_values.abs().max():.3g}",
                            fix="normalise the images as load_data does; if they are, the weights are broken")  # fmt: skip
@@ -343,8 +353,7 @@ class PatchView:
         if count != rows * cols:
             raise VDMError("the patch embeddings do not fill the patch grid", where=type(self.model).__name__,
                            expected=f"{rows} · {cols} patches", got=count, fix="use a plain vision transformer")  # fmt: skip
-        states = [seen["input"], *(seen[layer] for layer in self.layers)]
-        return PatchStates(embeddings, [embeddings, *(s[:, -count:] for s in states)], logits, self.grid)
+        return PatchStates(embeddings, [embeddings, *(seen[key][:, -count:] for key in wanted[1:])], logits, self.grid)
 
     def logits(self, pixel_values: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
         """Run the model with its patch embeddings replaced by `embeddings` [B, N, d]; gradients reach `embeddings`.
