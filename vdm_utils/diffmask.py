@@ -208,6 +208,11 @@ class VisionDiffMask(PreTrainedModel):
 
     # ------------------------------------------------------------------ votes
 
+    def _check_layer(self, layer: int, where: str, fix: str) -> None:
+        gates = self.config.num_gates
+        if type(layer) is not int or not 0 <= layer < gates:
+            raise VDMError("no such layer", where=where, expected=f"0..{gates - 1}", got=repr(layer), fix=fix)
+
     def votes(self, states: PatchStates, upto: int | None = None) -> HardConcrete:
         """The votes of gates 0..upto (all by default) as one distribution of shape [B, k, N]."""
         last = self.config.num_gates - 1 if upto is None else upto
@@ -236,6 +241,7 @@ class VisionDiffMask(PreTrainedModel):
         One backward pass through `loss` gives the descent direction of gates and placeholder and the ascent
         direction of the multiplier.
         """
+        self._check_layer(layer, "VisionDiffMask.forward", "name a layer: every step of training draws one")
         states = self.view.encode(pixel_values)
         votes, (rows, cols) = self.votes(states, layer), states.grid
         plane = votes.log_alpha.unflatten(-1, states.grid)  # [B, k, rows, cols]
@@ -269,10 +275,8 @@ class VisionDiffMask(PreTrainedModel):
             aggregated: the product of the votes up to `layer` (the explanation) or that gate's vote alone.
             check: run the base on the masked images as well, for `kl` and `masked_logits`.
         """
-        gates = self.config.num_gates
-        if layer is not None and not (type(layer) is int and 0 <= layer < gates):
-            raise VDMError("no such layer", where="VisionDiffMask.explain", expected=f"0..{gates - 1} or None", got=repr(layer),
-                           fix="leave layer out to see the final mask")  # fmt: skip
+        if layer is not None:
+            self._check_layer(layer, "VisionDiffMask.explain", "leave layer out to see the final mask")
         states = self.view.encode(pixel_values)
         log_prob = combine_votes(self.votes(states).log_prob_nonzero, aggregated)  # [B, K, N]
         log_prob = log_prob.unflatten(-1, states.grid)  # [B, K, rows, cols]
