@@ -12,7 +12,7 @@ from safetensors.torch import save
 from transformers import HfArgumentParser, PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
-from vdm_utils.checkpoints import check_resumable, save_classifier, write_whole
+from vdm_utils.checkpoints import check_resumable, check_writable, save_classifier, write_whole
 from vdm_utils.data import Pictures, load_data
 from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.errors import VDMError, unknown_name
@@ -138,12 +138,8 @@ def output_folder(chosen: DataSettings, job: str, resume: str | None = None) -> 
 
 def start_run(chosen: DataSettings, folder: Path) -> Path:
     """Make the run's folder and write its settings there at once, so that a run that is killed can be told apart."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "settings.json", json.dumps(vars(chosen), indent=2) + "\n")
-    except OSError as error:
-        raise VDMError("the output folder cannot be written", where="--output_dir", expected="a folder of yours", got=error,
-                       fix="name another --output_dir") from error  # fmt: skip
+    check_writable(folder)
+    write_whole(folder / "settings.json", json.dumps(vars(chosen), indent=2) + "\n")
     return folder
 
 
