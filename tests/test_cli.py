@@ -93,6 +93,7 @@ def test_every_launch_option_of_the_reference_at_once(dataset):
         ("train", DiffMaskSettings, "--dataset digits --class_idx=2", "class_idx"),
         ("train-base", ClassifierSettings, "--from_pretrained x --patch_size 4", "patch_size"),
         ("train-base", ClassifierSettings, "--from_pretrained x --mimetic_start", "mimetic_start"),
+        ("train-base", ClassifierSettings, "--from_pretrained x --mimetic-start", "mimetic_start"),
         ("train-base", ClassifierSettings, "--skip_unreadable", "skip_unreadable"),
         ("explain", ExplainSettings, "--images a.png --split train", "split"),
         ("explain", ExplainSettings, "--dataset shapes --shortcut 0.5", "shortcut"),

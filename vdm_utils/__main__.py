@@ -61,8 +61,9 @@ class Parser(HfArgumentParser):
 
 # option: (does it do anything?, what it needs)
 NEEDS = {
-    "grid_size": (lambda c: c.dataset == "toy" or c.dataset.endswith("_QA"), "a counting dataset"),
-    "class_idx": (lambda c: c.dataset == "toy" or c.dataset.endswith("_QA"), "a counting dataset"),
+    **dict.fromkeys(
+        ("grid_size", "class_idx"), (lambda c: c.dataset == "toy" or c.dataset.endswith("_QA"), "a counting dataset")
+    ),
     "augment_cells": (lambda c: c.dataset.endswith("_QA") and c.augmentations(), "a _QA dataset and an augmentation"),
     "skip_unreadable": (lambda c: reads_files(c.dataset.removesuffix("_QA"), c.data_dir), "pictures in class folders"),
     "shortcut": (lambda c: getattr(c, "split", "train") != "test", "--split train or validation"),
@@ -71,22 +72,21 @@ NEEDS = {
         ("alpha", "grey_start", "zero_start"), (lambda c: not c.start_from, "a fresh start, so no --start_from")
     ),
     "lr_placeholder": (lambda c: not c.no_placeholder, "a placeholder, so no --no_placeholder"),
-    "size": (lambda c: not c.from_pretrained, "a base from scratch, so no --from_pretrained"),
-    "patch_size": (lambda c: not c.from_pretrained, "a base from scratch, so no --from_pretrained"),
-    "mimetic_start": (lambda c: not c.from_pretrained, "a base from scratch, so no --from_pretrained"),
+    **dict.fromkeys(
+        ("size", "patch_size", "mimetic_start"),
+        (lambda c: not c.from_pretrained, "a base from scratch, so no --from_pretrained"),
+    ),
     "split": (lambda c: not c.images, "a dataset, so no --images"),
     "dataset": (lambda c: not getattr(c, "images", None), "no --images"),
 }
-
-
 # what eval-base has no use for: of its own options all but these, and the tag, which no test picture has
 EVALUATED = {"base_model", "from_pretrained", "checkpoint", "batch_size"}
 TRAINING_ONLY = {*vars(ClassifierSettings())} - {*vars(DataSettings())} - EVALUATED | {"shortcut"}
 
 
 def typed(words: list[str]) -> list[str]:
-    """The names of the options on a command line, in their order, each once."""
-    return list(dict.fromkeys(word[2:].split("=")[0] for word in words if word.startswith("--")))
+    """The names of the options on a command line, in their order, each once, however they are spelled (--base-model)."""
+    return list(dict.fromkeys(word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")))
 
 
 def parse(kind: type, job: str, words: list[str]) -> DataSettings:
@@ -170,7 +170,7 @@ def new_classifier(chosen: ClassifierSettings, data: Pictures):
         raise VDMError("--mimetic_start sets attention weights", where="train-base", expected="--base_model ViT",
                        got=chosen.base_model, fix="leave --mimetic_start out")  # fmt: skip
     model = build_classifier(
-        {"ViT": "vit", "ConvNeXt": "convnext"}[chosen.base_model],
+        chosen.base_model,
         chosen.size,
         data.image_size,
         data.patch_size if chosen.patch_size is None else chosen.patch_size,
