@@ -1,4 +1,4 @@
-"""A Hub of one model, and a mirror of files, on this machine: what they answer is in the first part of the path."""
+"""A Hub of two models, and a mirror of files, on this machine: what they answer is in the first part of the path."""
 
 import hashlib
 import time
@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Event, Thread
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-MODEL = "somebody/tiny-vit"
+MODEL, MASK = "somebody/tiny-vit", "somebody/tiny-mask"
 SLOW = 60  # seconds; a client that waits for the answer fails its test
 
 
@@ -43,12 +43,12 @@ class Answer(BaseHTTPRequestHandler):
             time.sleep(0.3)  # long enough for a second process to come too early
             self.reply(200, (self.server.folder / path).read_bytes())
         else:
-            file = self.server.folder / path.removeprefix(f"{MODEL}/resolve/main/")
-            content = file.read_bytes() if file.is_file() else b""
+            model, known, name = path.partition("/resolve/main/")
+            file = self.server.models.get(model, self.server.folder / "none") / name
+            content = file.read_bytes() if known and file.is_file() else b""
             etag = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
             missing = {"X-Error-Code": "EntryNotFound"}
-            known = path.startswith(f"{MODEL}/resolve/main/")
-            self.reply(200 if known and content else 404, content, etag if content else missing)
+            self.reply(200 if content else 404, content, etag if content else missing)
 
     def reply(self, status: int, content: bytes, headers: dict | None = None):
         self.send_response(status)
@@ -61,9 +61,10 @@ class Answer(BaseHTTPRequestHandler):
 
 @contextmanager
 def fake_hub(folder: Path):
-    """The server of a folder's files: `url`, and `asked`, how often for each path."""
+    """The server of a folder's files, which are also those of `MODEL`: `url`, and `asked`, how often for each path."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
     server.daemon_threads, server.folder, server.asked, server.closing = True, folder, Counter(), Event()
+    server.models = {MODEL: folder}
     server.handle_error = lambda *args: None  # a client that hung up is no news
     server.url = f"http://127.0.0.1:{server.server_port}"
     Thread(target=server.serve_forever, daemon=True).start()

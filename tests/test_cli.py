@@ -93,8 +93,17 @@ def test_every_launch_option_of_the_reference_at_once(dataset):
         ("train", DiffMaskSettings, "--dataset digits --class_idx=2", "class_idx"),
         ("train-base", ClassifierSettings, "--from_pretrained x --patch_size 4", "patch_size"),
         ("train-base", ClassifierSettings, "--from_pretrained x --mimetic_start", "mimetic_start"),
+        ("train-base", ClassifierSettings, "--from_pretrained x --mimetic-start", "mimetic_start"),
         ("train-base", ClassifierSettings, "--skip_unreadable", "skip_unreadable"),
         ("explain", ExplainSettings, "--images a.png --split train", "split"),
+        ("explain", ExplainSettings, "--dataset shapes --shortcut 0.5", "shortcut"),
+        ("eval-base", ClassifierSettings, "--from_pretrained x --lr 0.1", "lr"),
+        ("eval-base", ClassifierSettings, "--from_pretrained x --num_workers=2", "num_workers"),
+        ("eval-base", ClassifierSettings, "--from_pretrained x --add_noise", "add_noise"),
+        ("eval-base", ClassifierSettings, "--from_pretrained x --size base", "size"),
+        ("eval-base", ClassifierSettings, "--dataset shapes --shortcut 0.5", "shortcut"),
+        ("eval-base", ClassifierSettings, "--from_pretrained x --base_model ViT --batch_size 4 --seed 3", None),
+        ("explain", ExplainSettings, "--dataset shapes --shortcut 0.5 --split train", None),
         ("train", DiffMaskSettings, "--dataset toy --grid_size 2 --lr_placeholder 0.1", None),
         ("train-base", ClassifierSettings, "--dataset CIFAR10_QA --class_idx 1 --size small --from_pretrained=", None),
     ],
@@ -237,6 +246,32 @@ def test_a_convnext_is_fine_tuned_at_any_size(capsys, tmp_path):
     assert run(capsys, *words, "--output_dir", tmp_path / "small")[0] == 0
     words += ["--image_size", 24, "--from_pretrained", tmp_path / "small", "--output_dir", tmp_path / "larger"]
     assert run(capsys, *words)[0] == 0
+
+
+def test_a_base_is_evaluated_in_batches_of_the_size_asked_for(capsys, base_run, monkeypatch):
+    sizes, words = [], ["eval-base", "--dataset", "digits", "--from_pretrained", base_run]
+    forward = transformers.ViTForImageClassification.forward
+
+    def note(self, pixel_values, **kwargs):
+        sizes.append(len(pixel_values))
+        return forward(self, pixel_values, **kwargs)
+
+    monkeypatch.setattr(transformers.ViTForImageClassification, "forward", note)
+    by_seven, by_default = (run(capsys, *words, *more)[1] for more in (["--batch_size", 7], []))
+    assert set(sizes) == {7, 449 % 7, 32, 449 % 32} and by_seven == pytest.approx(by_default)
+
+
+@pytest.mark.parametrize("job", ["train-base", "eval-base"])
+@pytest.mark.parametrize(("typed", "held"), [("ConvNeXt", "TOY"), ("ViT", "CONVNEXT")])
+def test_the_architecture_asked_for_is_the_one_that_is_loaded(capsys, toy_base, tmp_path, job, typed, held):
+    labels = load_classifier(toy_base).config.id2label
+    build_classifier("convnext", image_size=12, patch_size=2, id2label=labels).save_pretrained(tmp_path / "convnext")
+    folder = {"TOY": toy_base, "CONVNEXT": tmp_path / "convnext"}[held]
+    words = [job, *TINY, "--from_pretrained", folder, "--output_dir", tmp_path / "out"]
+    code, _, error = run(capsys, *words, "--base_model", typed)
+    assert code == 2 and "--base_model" in error and typed in error and str(folder) in error
+    assert not (tmp_path / "out").exists()
+    assert run(capsys, *words)[0] == 0  # a default contradicts nothing
 
 
 def test_both_jobs_can_multiply_in_half_precision(capsys, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The data is what it says it is: counting tasks with a true explanation, equal on every machine."""
 
 import hashlib
+import shutil
 import socket
 
 import numpy as np
@@ -13,9 +14,11 @@ from torch.nn.functional import pad
 
 from vdm_utils import data, sources
 from vdm_utils import pictures as pictures_module
+from vdm_utils.__main__ import parse
 from vdm_utils.data import AUGMENTATIONS, augment_batch, hashed_uniform, load_data
 from vdm_utils.errors import VDMError
 from vdm_utils.pictures import move_pixels
+from vdm_utils.settings import ClassifierSettings
 from vdm_utils.shapes import SHAPES, inside
 
 COLOURS = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)]  # red … cyan
@@ -234,6 +237,62 @@ def test_grey_folder_and_torchvision_files(offline, tmp_path, monkeypatch):
     load_data("CIFAR10", "test", data_dir="a")
     places = [("a", False), ("data", False), (str(sources.PROJECT_DATA), False)]
     assert offline[2:] == [*places, ("a", True)]  # only when there is nothing anywhere
+
+
+@pytest.mark.parametrize(("name", "mode"), [("CIFAR10", "RGB"), ("MNIST", "L")])
+def test_damaged_files_of_an_image_folder_are_named_or_left_out(offline, tmp_path, caplog, name, mode):
+    for part in ("train", "test"):
+        write_folder(tmp_path / name.lower(), part, 20, mode=mode)
+    damaged = {"train": ("c3/007.jpg", "c9/019.jpg"), "test": ("c0/000.jpg",)}
+    for part, files in damaged.items():
+        for file in files:
+            (tmp_path / name.lower() / part / file).write_bytes(b"damaged")
+    with pytest.raises(VDMError, match="c0/000.jpg"):
+        load_data(name, "test", data_dir=tmp_path)
+    kept = [load_data(name, split, data_dir=tmp_path, skip_unreadable=True) for split in data.SPLITS]
+    assert len(kept[0]) + len(kept[1]) == 198 and len(kept[2]) == 199
+    assert all(file in caplog.text for files in damaged.values() for file in files)
+    for found in kept:  # the labels of the others stay theirs
+        red = pixels(found.batch(range(len(found))))[:, 0, 4, 4].float()
+        assert torch.equal((red / 20).round().long(), found.classes)
+    grids = load_data(f"{name}_QA", "test", data_dir=tmp_path, grid_size=2, length=4, skip_unreadable=True)
+    assert len(grids.pictures) == 199
+    for file in tmp_path.rglob("*.jpg"):
+        file.write_bytes(b"damaged")
+    with pytest.raises(VDMError, match="no image can be read"):
+        load_data(name, "test", data_dir=tmp_path, skip_unreadable=True)
+
+
+def test_what_comes_from_torchvision_has_no_files_to_leave_out(cifar, tmp_path, caplog):
+    for line, works in (("--data_dir elsewhere", True), ("--data_dir nowhere", False)):
+        for dataset in ("CIFAR10", "CIFAR10_QA"):
+            caplog.clear()
+            parse(ClassifierSettings, "train-base", f"--dataset {dataset} {line} --skip_unreadable".split())
+            assert (not caplog.records) == works
+            assert works or "--skip_unreadable has no effect here" in caplog.text
+
+
+@pytest.mark.parametrize(("part", "split"), [("train", "train"), ("train", "validation"), ("test", "test")])
+def test_a_half_unpacked_image_folder_is_pointed_out(cifar, caplog, monkeypatch, part, split):
+    few = {"train": 20, "test": 3}
+    monkeypatch.setattr(sources, "PUBLISHED", {"CIFAR10": few})
+    load_data("CIFAR10", split, data_dir=cifar)
+    assert not caplog.records  # nothing is missing
+    (cifar / "cifar10" / part / "c7" / "000.jpg").unlink()
+    assert len(load_data("CIFAR10", split, data_dir=cifar)) > 0
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert f"{few[part] - 1} pictures in c7" in message and f"{few[part]} per class" in message
+    assert f"cifar10/{part}" in message
+
+
+def test_an_image_folder_without_a_class_is_refused(cifar):
+    for half in ("train", "test"):
+        shutil.rmtree(cifar / "cifar10" / half / "c9")
+        with pytest.raises(VDMError, match="half unpacked"):
+            load_data("CIFAR10", "train" if half == "train" else "test", data_dir=cifar)
+        (cifar / "cifar10" / half / "c9").mkdir()
+    with pytest.raises(VDMError, match="a class folder holds no image"):
+        load_data("CIFAR10", "train", data_dir=cifar)
 
 
 # ---------------------------------------------------------------- drawn shapes

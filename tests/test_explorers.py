@@ -276,7 +276,7 @@ def test_failing_callback_shows_its_message(gate_widget):
     low.max = 0.5
     low.value = 0.5  # HardConcrete refuses it
     assert gate_widget.message in gate_widget.children
-    assert "need temperature &gt; 0, low &lt; 0 and high &gt;= 1" in gate_widget.message.value
+    assert "temperature &gt; 0, low &lt; 0 and high &gt;= 1" in gate_widget.message.value
     assert gate_widget.picture.value == good
     low.value = -0.5
     assert gate_widget.message.value == "" and gate_widget.picture.value != good

@@ -19,8 +19,18 @@ from vdm_utils.__main__ import main
 from vdm_utils.data import SPLITS, load_data
 from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.errors import VDMError
+from vdm_utils.gates import HardConcrete
+from vdm_utils.objective import Multiplier
 from vdm_utils.sources import read_image, read_pictures
-from vdm_utils.training import ClassifierSettings, DiffMaskSettings, settings, train_classifier, train_diffmask
+from vdm_utils.training import (
+    ClassifierSettings,
+    DiffMaskSettings,
+    evaluate_classifier,
+    evaluate_diffmask,
+    settings,
+    train_classifier,
+    train_diffmask,
+)
 from vdm_utils.vit import PatchView, build_classifier, load_classifier, with_image_size
 
 
@@ -449,7 +459,59 @@ def test_models_without_patches(diffmask, model):
 
 @pytest.mark.parametrize("layer", [-1, 6, 10**9, 1.0, math.nan, "last", [0], True])
 def test_layers_that_do_not_exist(diffmask, pictures, layer):
-    assert "expected: 0..5" in complaint(lambda: diffmask.explain(pictures, layer=layer))
+    for call in (diffmask.explain, diffmask.forward):
+        assert "expected: 0..5" in complaint(lambda call=call: call(pictures, layer=layer))
+
+
+def test_a_step_of_training_has_a_layer(diffmask, pictures):
+    assert "no such layer" in complaint(lambda: diffmask(pictures, layer=None))
+
+
+EMBEDDINGS = {  # name: (what is given instead of [2, 9, 64], what the message says it got)
+    "too few patches": (torch.zeros(2, 4, 64), "[2, 4, 64]"),
+    "another width": (torch.zeros(2, 9, 32), "[2, 9, 32]"),
+    "one batch too many": (torch.zeros(1, 2, 9, 64), "[1, 2, 9, 64]"),
+    "no batch": (torch.zeros(9, 64), "[9, 64]"),
+    "other pictures": (torch.zeros(3, 9, 64), "[3, 9, 64]"),
+    "as a map": (torch.zeros(2, 64, 3, 3), "[2, 64, 3, 3]"),
+    "whole numbers": (torch.zeros(2, 9, 64, dtype=torch.int64), "torch.int64"),
+    "numpy": (np.zeros((2, 9, 64), dtype=np.float32), "float32"),
+    "a list": ([[0.0]], "list"),
+    "nothing": (None, "NoneType"),
+}
+
+
+@pytest.mark.parametrize(("embeddings", "got"), table(EMBEDDINGS))
+def test_embeddings_that_a_model_cannot_take(base, embeddings, got):
+    message = complaint(lambda: PatchView(base).logits(WHOLE, embeddings))
+    assert f"got: {got}" in message and "expected: a float tensor [2, 9, 64]" in message
+
+
+COINS = {  # name: (arguments of HardConcrete, words of the message)
+    "zero temperature": ({"temperature": 0.0}, "temperature > 0"),
+    "negative temperature": ({"temperature": -0.2}, "temperature > 0"),
+    "NaN temperature": ({"temperature": math.nan}, "temperature > 0"),
+    "infinite temperature": ({"temperature": math.inf}, "temperature > 0"),
+    "temperature as text": ({"temperature": "cold"}, "temperature > 0"),
+    "positive low": ({"low": 0.1}, "low < 0"),
+    "infinite low": ({"low": -math.inf}, "low < 0"),
+    "no low": ({"low": None}, "low < 0"),
+    "small high": ({"high": 0.9}, "high >= 1"),
+    "a switch": ({"high": True}, "high >= 1"),
+    "location as a number": ({"log_alpha": 0.5}, "a float tensor"),
+    "location in whole numbers": ({"log_alpha": torch.zeros(3, dtype=torch.int64)}, "a float tensor"),
+    "no location": ({"log_alpha": None}, "a float tensor"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "expected"), table(COINS))
+def test_distributions_that_do_not_exist(arguments, expected):
+    assert expected in complaint(lambda: HardConcrete(**{"log_alpha": torch.zeros(3)} | arguments))
+
+
+@pytest.mark.parametrize("bounds", [(5, 0, 1), (1, 2, 3), (1, -1, 3), (math.nan, 0, 1), ("1", 0, 3), (1, 0, None)])
+def test_multipliers_that_do_not_exist(bounds):
+    assert "minimum <= start <= maximum" in complaint(lambda: Multiplier(2, *bounds, log_space=False))
 
 
 def test_a_mask_without_an_answer_cannot_be_checked(diffmask, pictures):
@@ -559,6 +621,19 @@ def test_pictures_and_labels_that_do_not_fit_a_classifier(base, tmp_path, option
     assert got in message and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "wrong", table({"nothing": None, "a name": "toy", "a list": [], "pictures": torch.zeros(4, 3, 12, 12)})
+)
+def test_what_is_no_dataset(diffmask, toy, tmp_path, wrong):
+    jobs = ((train_classifier, diffmask.base, ClassifierSettings), (train_diffmask, diffmask, DiffMaskSettings))
+    for train, model, kind in jobs:
+        for pair in ((wrong, toy), (toy, wrong)):
+            message = complaint(lambda: train(model, *pair, settings(kind, "quick", max_steps=1), tmp_path / "out"))  # noqa: B023
+            assert "load_data" in message and not (tmp_path / "out").exists()
+    for evaluate, model in ((evaluate_classifier, diffmask.base), (evaluate_diffmask, diffmask)):
+        assert "load_data" in complaint(lambda: evaluate(model, wrong))  # noqa: B023
+
+
 # ---------------------------------------------------------------- command line
 
 
@@ -656,8 +731,8 @@ LINES = {  # name: (command line, words of the message)
     ),
     "finished run, explained": (SHOW.replace("new", "run"), "already holds a run"),
     "file to write to": (BASE.replace("new", "file"), "the output folder is a file"),
-    "folder under a file": (BASE.replace("new", "file/new"), "cannot be written"),
-    "explained under a file": (SHOW.replace("new", "file/new"), "cannot be written"),
+    "folder under a file": (BASE.replace("new", "file/new"), "cannot save the run"),
+    "explained under a file": (SHOW.replace("new", "file/new"), "cannot save the run"),
     "nothing to resume": (BASE.replace("new", "run") + " --checkpoint run/checkpoint-3", "nothing to resume"),
     "no DiffMask to resume": (TRAIN.replace("new", "run") + " --diffmask_checkpoint run", "nothing to resume"),
     "no own folder": (f"{FOLDER} --data_dir nowhere", "no such folder"),

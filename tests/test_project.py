@@ -12,10 +12,11 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+import transformers
 import yaml
 from conftest import load_tool
 
-from vdm_utils.__main__ import parse
+from vdm_utils.__main__ import main, parse
 from vdm_utils.checkpoints import save_classifier
 from vdm_utils.data import load_data
 from vdm_utils.diffmask import VisionDiffMask
@@ -114,6 +115,7 @@ def test_checkpoints_are_what_their_cards_say(folder):
         assert fingerprint(load_classifier(folder)) == card["fingerprint"]
     else:
         diffmask = VisionDiffMask.from_pretrained(folder)  # refuses another base
+        assert fingerprint(diffmask) == card["fingerprint"]
         assert fingerprint(diffmask.base) == card["fingerprint of the base"]
         assert diffmask.config.base_name_or_path.endswith("base")
 
@@ -132,6 +134,61 @@ def test_checkpoints_are_small_and_complete():
                 continue
             kind = ClassifierSettings if job == "train-base" else DiffMaskSettings
             parse(kind, job, words)
+
+
+TINY = "--dataset toy --image_size 12 --batch_size 8 --num_workers 0 --max_steps 4 --log_every_n_steps 2"
+STAGES = {
+    "toy": {
+        "base": [f"train-base {TINY} --patch_size 4 --seed {seed}" for seed in (0, 1)],
+        "diffmask": [f"train --recipe quick {TINY} --sample_images 0 --seed 0"],
+    }
+}
+
+
+def test_training_what_ships_goes_on_where_it_was_killed(tmp_path, monkeypatch, capsys):
+    """Killed in the second stage of three, after its first checkpoint: the first is kept, and the end is the same."""
+    tool, commands, steps = load_tool("checkpoints"), [], []
+    monkeypatch.chdir(tmp_path)  # left again by the tool
+    monkeypatch.setattr(tool, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(tool, "TASKS", STAGES)
+    monkeypatch.setattr(tool, "CHECKPOINTS", tmp_path / "shipped")
+    step = transformers.Trainer.training_step
+
+    def counted(*args, **kwargs):
+        steps.append(1)
+        if len(steps) == dies_at:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    def in_this_process(command, **options):
+        commands.append(" ".join(command[3:]))
+        capsys.readouterr()
+        assert main(command[3:]) == 0
+        return subprocess.CompletedProcess(command, 0, capsys.readouterr().out)
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", counted)
+    monkeypatch.setattr(tool.subprocess, "run", in_this_process)
+
+    def make(*words):
+        monkeypatch.setattr(sys, "argv", ["checkpoints.py", "toy", "--runs", "runs", *words])
+        commands.clear(), steps.clear()
+        tool.main()
+        return {part: json.loads((tmp_path / "shipped/toy" / part / "card.json").read_text()) for part in STAGES["toy"]}
+
+    dies_at = 0
+    cards = make()
+    assert len(steps) == 12 and len(commands) == 3 and "fingerprint of the base" in cards["diffmask"]
+    dies_at = 7  # of the second stage the third step
+    with pytest.raises(KeyboardInterrupt):
+        make()
+    assert sorted(path.name for path in (tmp_path / "runs/toy").iterdir()) == ["base-0", "base-1"]
+    dies_at = 0
+    resumed = make("--resume")
+    assert len(steps) == 2 + 4 and [line.split()[0] for line in commands] == ["train-base", "train"]
+    assert "base-0" in commands[0] and commands[0].endswith("--checkpoint last")
+    for name in ("fingerprint", "validation", "command"):
+        assert all(resumed[part][name] == cards[part][name] for part in cards), name
+    assert make("--resume") == resumed and not commands  # all stages are finished
 
 
 SCHOOLS = {"pictures": [], "twice": ["--agreement", 3], "grids": ["--grid_size", 2, "--class_idx", 3]}

@@ -1,7 +1,9 @@
 """Both training jobs: resumed runs are the same runs, each player gets its own step, and the base is left alone."""
 
 import copy
+import dataclasses
 import inspect
+import json
 import subprocess
 import sys
 
@@ -445,6 +447,23 @@ def test_models_are_left_where_they_were(diffmask, toy, tmp_path, monkeypatch):
         model, toy, toy, settings(ClassifierSettings, max_steps=1, num_workers=0), tmp_path / "base"
     )
     assert moves[-1] == (torch.device("cpu"),)
+
+
+@pytest.mark.parametrize(("kind", "rhythm"), [(ClassifierSettings, {3, 6}), (DiffMaskSettings, {2, 4, 6})])
+def test_when_runs_are_evaluated_is_what_the_help_says(diffmask, toy, tmp_path, kind, rhythm):
+    """Without --max_steps a base is saved after every epoch, here of three steps, whatever --log_every_n_steps is."""
+    chosen = settings(kind, batch_size=32, num_epochs=2, log_every_n_steps=2, num_workers=0)
+    if kind is DiffMaskSettings:
+        training.train_diffmask(diffmask, toy, toy, chosen, tmp_path)
+    else:
+        model = build_classifier(image_size=12, patch_size=4, id2label=toy.id2label)
+        training.train_classifier(model, toy, toy, chosen, tmp_path)
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    logged = [row["step"] for row in history if "loss" in row]
+    evaluated = {row["step"] for row in history if any(name.startswith("eval_") for name in row)}
+    assert logged == [2, 4, 6] and evaluated == rhythm
+    text = next(field for field in dataclasses.fields(kind) if field.name == "log_every_n_steps").metadata["help"]
+    assert "without --max_steps train-base evaluates and saves after every epoch" in text
 
 
 def test_a_training_that_diverged_is_not_saved(toy, tmp_path, monkeypatch):

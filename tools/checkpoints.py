@@ -3,8 +3,11 @@ schools of the CIFAR-10 classifier and of its counter, of which the cards say ho
 
     python tools/checkpoints.py            # all of them; hours on two CPU cores, nearly all of them for cifar10
     python tools/checkpoints.py toy        # one task
+    python tools/checkpoints.py --resume   # go on after an interruption: finished stages are kept, and one that is not goes
+                                           # on from its last checkpoint (of tools/distil.py from its start)
 
-Each part is copied from its run folder with a `card.json`: command, data, seconds, metrics, fingerprint.
+Each part is copied from its run folder with a `card.json`: command, data, seconds, metrics, fingerprint. The seconds of a
+resumed stage are those since then.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from vdm_utils.checkpoints import write_checksums
+from vdm_utils.checkpoints import write_checksums, write_whole
+from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.notebook import CHECKPOINTS, REPOSITORY
 from vdm_utils.vit import fingerprint, load_classifier
 
@@ -159,41 +163,55 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", default=list(TASKS), help=f"from {list(TASKS)}, or one part: toy/base")
     parser.add_argument("--runs", type=Path, default=Path("runs/checkpoints"))
+    parser.add_argument("--resume", action="store_true", help="keep what an interrupted call has finished")
     wanted = parser.parse_args()
     os.chdir(REPOSITORY)  # the commands on the cards name folders from here
-    for task, _, only in (name.partition("/") for name in wanted.tasks):
-        for part, stages in TASKS[task].items():
-            if only not in ("", part):
-                continue
-            target, source = CHECKPOINTS / task / part, CHECKPOINTS / task / "base" if part != "base" else None
-            start, commands = time.perf_counter(), []
-            for number, words in enumerate(stages):
-                folder = wanted.runs / task / f"{part}-{number}"
-                shutil.rmtree(folder, ignore_errors=True)
-                words = words.format(runs=wanted.runs)
-                if source and "--from_pretrained" not in words:
-                    words += f" --from_pretrained {os.path.relpath(source)}"
-                program = "tools/distil.py" if words.startswith("distil ") else "-m vdm_utils"
-                words = words.removeprefix("distil ")
-                commands.append(f"python {program} {words}")
+    chosen = [
+        (task, part)
+        for task, _, only in (name.partition("/") for name in wanted.tasks)
+        for part in TASKS[task]
+        if only in ("", part)
+    ]
+    for task, part in chosen if not wanted.resume else []:  # all of them first: what is left was made since
+        for folder in (wanted.runs / task).glob(f"{part}-[0-9]"):
+            shutil.rmtree(folder)
+    for task, part in chosen:
+        stages = TASKS[task][part]
+        target, source = CHECKPOINTS / task / part, CHECKPOINTS / task / "base" if part != "base" else None
+        seconds, commands = 0.0, []
+        for number, words in enumerate(stages):
+            folder = wanted.runs / task / f"{part}-{number}"
+            words = words.format(runs=wanted.runs)
+            if source and "--from_pretrained" not in words:
+                words += f" --from_pretrained {os.path.relpath(source)}"
+            program = "tools/distil.py" if words.startswith("distil ") else "-m vdm_utils"
+            words = words.removeprefix("distil ")
+            commands.append(f"python {program} {words}")
+            finished = folder / "finished.json"
+            if not finished.exists():
                 command = [sys.executable, *program.split(), *shlex.split(words), "--output_dir", str(folder)]
+                if wanted.resume and program == "-m vdm_utils":
+                    command += ["--checkpoint" if words.startswith("train-base ") else "--diffmask_checkpoint", "last"]
+                start = time.perf_counter()
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                source = folder if part == "base" else source
-            ship(folder, target)
-            metrics = json.loads(done.stdout)
-            card = {
-                "command": commands,
-                "data": stages[0].split("--dataset ")[1].split()[0],
-                "seconds": round(time.perf_counter() - start),
-                "CPU threads": torch.get_num_threads(),
-                "validation": {k: v for k, v in metrics.items() if k.startswith("eval_") and "second" not in k and k != "eval_runtime"},
-            }  # fmt: skip
-            if part.startswith("base"):
-                card["fingerprint"] = fingerprint(load_classifier(str(target)))
-            else:
-                card["fingerprint of the base"] = json.loads((target / "config.json").read_text())["base_fingerprint"]
-            (target / "card.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
-            print(task, part, json.dumps(card["validation"]))
+                facts = {"seconds": time.perf_counter() - start, "metrics": json.loads(done.stdout)}
+                write_whole(finished, json.dumps(facts))
+            facts = json.loads(finished.read_text())
+            seconds += facts["seconds"]
+            source = folder if part == "base" else source
+        ship(folder, target)
+        card = {
+            "command": commands,
+            "data": stages[0].split("--dataset ")[1].split()[0],
+            "seconds": round(seconds),
+            "CPU threads": torch.get_num_threads(),
+            "validation": {k: v for k, v in facts["metrics"].items() if k.startswith("eval_") and "second" not in k and k != "eval_runtime"},
+            "fingerprint": fingerprint((load_classifier if part == "base" else VisionDiffMask.from_pretrained)(str(target))),
+        }  # fmt: skip
+        if part != "base":
+            card["fingerprint of the base"] = json.loads((target / "config.json").read_text())["base_fingerprint"]
+        (target / "card.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+        print(task, part, json.dumps(card["validation"]))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 from safetensors.torch import save
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser, PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
-from vdm_utils.checkpoints import check_resumable, save_classifier, write_whole
+from vdm_utils.checkpoints import check_resumable, check_writable, save_classifier, write_whole
 from vdm_utils.data import Pictures, load_data
 from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.errors import VDMError, unknown_name
@@ -20,7 +20,7 @@ from vdm_utils.plots import SampleImages, explained_beside_others, to_png
 from vdm_utils.refine import cut_to_fit, refine
 from vdm_utils.runs import check_fit, load_weights
 from vdm_utils.settings import RECIPES, ClassifierSettings, DataSettings, DiffMaskSettings, ExplainSettings, RunSettings
-from vdm_utils.sources import read_pictures
+from vdm_utils.sources import read_pictures, reads_files
 from vdm_utils.training import evaluate_classifier, train_classifier, train_diffmask
 from vdm_utils.vit import build_classifier, load_classifier, mimetic_start, own_image_size, with_image_size
 
@@ -61,21 +61,32 @@ class Parser(HfArgumentParser):
 
 # option: (does it do anything?, what it needs)
 NEEDS = {
-    "grid_size": (lambda c: c.dataset == "toy" or c.dataset.endswith("_QA"), "a counting dataset"),
-    "class_idx": (lambda c: c.dataset == "toy" or c.dataset.endswith("_QA"), "a counting dataset"),
+    **dict.fromkeys(
+        ("grid_size", "class_idx"), (lambda c: c.dataset == "toy" or c.dataset.endswith("_QA"), "a counting dataset")
+    ),
     "augment_cells": (lambda c: c.dataset.endswith("_QA") and c.augmentations(), "a _QA dataset and an augmentation"),
-    "skip_unreadable": (lambda c: c.dataset.startswith(("folder", "ImageNet")), "--dataset folder or ImageNet"),
+    "skip_unreadable": (lambda c: reads_files(c.dataset.removesuffix("_QA"), c.data_dir), "pictures in class folders"),
+    "shortcut": (lambda c: getattr(c, "split", "train") != "test", "--split train or validation"),
     "block_size": (lambda c: c.block_share > 0, "--block_share"),
     **dict.fromkeys(
         ("alpha", "grey_start", "zero_start"), (lambda c: not c.start_from, "a fresh start, so no --start_from")
     ),
     "lr_placeholder": (lambda c: not c.no_placeholder, "a placeholder, so no --no_placeholder"),
-    "size": (lambda c: not c.from_pretrained, "a base from scratch, so no --from_pretrained"),
-    "patch_size": (lambda c: not c.from_pretrained, "a base from scratch, so no --from_pretrained"),
-    "mimetic_start": (lambda c: not c.from_pretrained, "a base from scratch, so no --from_pretrained"),
+    **dict.fromkeys(
+        ("size", "patch_size", "mimetic_start"),
+        (lambda c: not c.from_pretrained, "a base from scratch, so no --from_pretrained"),
+    ),
     "split": (lambda c: not c.images, "a dataset, so no --images"),
     "dataset": (lambda c: not getattr(c, "images", None), "no --images"),
 }
+# what eval-base has no use for: of its own options all but these, and the tag, which no test picture has
+EVALUATED = {"base_model", "from_pretrained", "checkpoint", "batch_size"}
+TRAINING_ONLY = {*vars(ClassifierSettings())} - {*vars(DataSettings())} - EVALUATED | {"shortcut"}
+
+
+def typed(words: list[str]) -> list[str]:
+    """The names of the options on a command line, in their order, each once, however they are spelled (--base-model)."""
+    return list(dict.fromkeys(word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")))
 
 
 def parse(kind: type, job: str, words: list[str]) -> DataSettings:
@@ -88,12 +99,13 @@ def parse(kind: type, job: str, words: list[str]) -> DataSettings:
     chosen, *rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if any(rest):
         raise unknown_name("option", rest[0][0], [f"--{name}" for name in vars(chosen)], program)
-    typed = dict.fromkeys(word[2:].split("=")[0] for word in words if word.startswith("--"))
-    if "num_epochs" in typed and "max_steps" not in typed:
+    if "num_epochs" in typed(words) and "max_steps" not in typed(words):
         chosen.max_steps = -1  # that of the recipe would win over the flag
     chosen.validate()
-    for name in typed:
+    for name in typed(words):
         works, needed = NEEDS.get(name, (lambda c: True, ""))
+        if job == "eval-base" and name in TRAINING_ONLY:
+            works, needed = (lambda c: False), "train-base"
         if not works(chosen):
             logger.warning("--%s has no effect here: it needs %s", name, needed)
     return chosen
@@ -126,12 +138,8 @@ def output_folder(chosen: DataSettings, job: str, resume: str | None = None) -> 
 
 def start_run(chosen: DataSettings, folder: Path) -> Path:
     """Make the run's folder and write its settings there at once, so that a run that is killed can be told apart."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "settings.json", json.dumps(vars(chosen), indent=2) + "\n")
-    except OSError as error:
-        raise VDMError("the output folder cannot be written", where="--output_dir", expected="a folder of yours", got=error,
-                       fix="name another --output_dir") from error  # fmt: skip
+    check_writable(folder)
+    write_whole(folder / "settings.json", json.dumps(vars(chosen), indent=2) + "\n")
     return folder
 
 
@@ -162,7 +170,7 @@ def new_classifier(chosen: ClassifierSettings, data: Pictures):
         raise VDMError("--mimetic_start sets attention weights", where="train-base", expected="--base_model ViT",
                        got=chosen.base_model, fix="leave --mimetic_start out")  # fmt: skip
     model = build_classifier(
-        {"ViT": "vit", "ConvNeXt": "convnext"}[chosen.base_model],
+        chosen.base_model,
         chosen.size,
         data.image_size,
         data.patch_size if chosen.patch_size is None else chosen.patch_size,
@@ -174,6 +182,15 @@ def new_classifier(chosen: ClassifierSettings, data: Pictures):
     return model
 
 
+def check_base_model(model: PreTrainedModel, words: list[str], chosen: ClassifierSettings) -> None:
+    """Raise `VDMError` where --base_model was typed and is not what was loaded; its default contradicts nothing."""
+    fits = {"ConvNeXt": "convnext" in model.config.model_type, "ViT": own_image_size(model) is not None}
+    if "base_model" in typed(words) and not fits[chosen.base_model]:
+        raise VDMError("this is another kind of classifier", where="--base_model", expected=chosen.base_model,
+                       got=f"{type(model).__name__} in {chosen.checkpoint or chosen.from_pretrained}",
+                       fix="leave --base_model out, or name another classifier")  # fmt: skip
+
+
 def train_base(words: list[str]) -> dict:
     """Train the classifier that is to be explained."""
     chosen = parse(ClassifierSettings, "train-base", words)
@@ -181,6 +198,7 @@ def train_base(words: list[str]) -> dict:
     train, validation = datasets(chosen)
     set_seed(chosen.seed)
     model = new_classifier(chosen, train)
+    check_base_model(model, words, chosen)
     start_run(chosen, folder)
     metrics = train_classifier(model, train, validation, chosen, folder, chosen.checkpoint)
     return {"output_dir": str(folder)} | metrics
@@ -214,10 +232,11 @@ def eval_base(words: list[str]) -> dict:
                        fix="name a folder or a Hub name")  # fmt: skip
     folder = output_folder(chosen, "eval-base") if chosen.output_dir else None
     model = load_classifier(source)
+    check_base_model(model, words, chosen)
     size = own_image_size(model)
     test = load_data(chosen.dataset, "test", **data_options(chosen, size and size[0]))
     check_fit(model, test, "eval-base")
-    metrics = evaluate_classifier(model, test)
+    metrics = evaluate_classifier(model, test, chosen.batch_size)
     if folder:
         save_classifier(model, start_run(chosen, folder))
     return {"checkpoint": str(source), "dataset": chosen.dataset, "split": "test"} | metrics

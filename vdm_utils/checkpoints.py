@@ -8,6 +8,7 @@ import logging
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 CHECKSUMS = "SHA256SUMS"  # its format is that of the program: `sha256sum -c SHA256SUMS` checks a folder as well
 STATE = "trainer_state.json"  # the last file that a Trainer writes into a checkpoint
 HUB_SECONDS = 5.0  # a Hub that has not answered one short question by then is taken for out of reach
+silent_until = 0.0  # on the monotonic clock: a Hub that was silent is not asked for the base of a DiffMask right after
 
 # ---------------------------------------------------------------- writing
 
@@ -161,21 +163,24 @@ def hub_trouble(name: str, revision: str = "main") -> str | None:
     """Why the Hub does not give this model, or None when it does: asked for its config, once, within `HUB_SECONDS`.
 
     `from_pretrained` itself goes on asking a Hub that does not answer for minutes (huggingface_hub 2.4: 10 s for a file,
-    then five times 60 s).
+    then five times 60 s). One that was silent is not asked again at once: the time is that of a DiffMask with its base.
     """
+    global silent_until
     answers = []
 
     def ask() -> None:
         try:
-            get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=HUB_SECONDS)
+            get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=2 * HUB_SECONDS)
             answers.append(None)
         except Exception as error:  # httpx's, huggingface_hub's, OSError … depending on what is wrong
             answers.append(f"{type(error).__name__}: {str(error).strip()}".splitlines()[0])
 
     # a thread of its own: looking up a host's name obeys no timeout
     thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(HUB_SECONDS)
+    if time.monotonic() >= silent_until:
+        thread.start()
+        thread.join(HUB_SECONDS)
+        silent_until = 0.0 if answers else time.monotonic() + HUB_SECONDS
     return answers[0] if answers else f"no answer within {HUB_SECONDS:.0f} s"
 
 

@@ -206,7 +206,7 @@ def load_data(
         length: number of drawn items (toy, shapes and `_QA`; 50,000 for training, 1,000 otherwise).
         shortcut: share of the training and validation pictures of `shapes` with a tag that gives the class away. The
             test split has none, as the world outside a careless collection.
-        skip_unreadable: leave damaged files of `folder` and `ImageNet` out, with a warning each, instead of raising.
+        skip_unreadable: leave damaged picture files out, with a warning each, instead of raising.
     Raises:
         VDMError: for an unknown name, a size that does not fit, a class that does not exist, or missing files.
     """
@@ -255,7 +255,7 @@ def load_data(
     elif source == "digits":
         pictures = sources.digits(split, seed)
     elif source in ("MNIST", "CIFAR10"):
-        pictures = sources.downloadable(source, split, data_dir, seed)
+        pictures = sources.downloadable(source, split, data_dir, seed, skip_unreadable)
     else:
         read = sources.imagenet if source == "ImageNet" else sources.own_folder
         side = image_size or 224

@@ -208,6 +208,11 @@ class VisionDiffMask(PreTrainedModel):
 
     # ------------------------------------------------------------------ votes
 
+    def _check_layer(self, layer: int, where: str, fix: str) -> None:
+        gates = self.config.num_gates
+        if type(layer) is not int or not 0 <= layer < gates:
+            raise VDMError("no such layer", where=where, expected=f"0..{gates - 1}", got=repr(layer), fix=fix)
+
     def votes(self, states: PatchStates, upto: int | None = None) -> HardConcrete:
         """The votes of gates 0..upto (all by default) as one distribution of shape [B, k, N]."""
         last = self.config.num_gates - 1 if upto is None else upto
@@ -236,6 +241,7 @@ class VisionDiffMask(PreTrainedModel):
         One backward pass through `loss` gives the descent direction of gates and placeholder and the ascent
         direction of the multiplier.
         """
+        self._check_layer(layer, "VisionDiffMask.forward", "name a layer: every step of training draws one")
         states = self.view.encode(pixel_values)
         votes, (rows, cols) = self.votes(states, layer), states.grid
         plane = votes.log_alpha.unflatten(-1, states.grid)  # [B, k, rows, cols]
@@ -276,18 +282,17 @@ class VisionDiffMask(PreTrainedModel):
             stop_early: leave the base after the state that gate `layer` looks at. The same mask for a part of a pass, but
                 without the base's answer there is nothing to check it against: it wants `check=False`.
         """
-        gates = self.config.num_gates
-        if layer is not None and not (type(layer) is int and 0 <= layer < gates):
-            raise VDMError("no such layer", where="VisionDiffMask.explain", expected=f"0..{gates - 1} or None", got=repr(layer),
-                           fix="leave layer out to see the final mask")  # fmt: skip
+        if layer is not None:
+            self._check_layer(layer, "VisionDiffMask.explain", "leave layer out to see the final mask")
         if stop_early and check:
             raise VDMError("nothing to check the mask against", where="VisionDiffMask.explain", expected="check=False beside stop_early",
                            got="check=True", fix="leave one of the two out")  # fmt: skip
-        upto = (gates - 1 if layer is None else layer) if stop_early else None
+        last = self.config.num_gates - 1 if layer is None else layer
+        upto = last if stop_early else None
         states = self.view.encode(pixel_values, upto)
         log_prob = combine_votes(self.votes(states, upto).log_prob_nonzero, aggregated)  # [B, K, N]
         log_prob = log_prob.unflatten(-1, states.grid)  # [B, K, rows, cols]
-        scores = log_prob[:, -1 if layer is None else layer]
+        scores = log_prob[:, last]
         mask = scores.exp()
         masked_logits = self.masked_logits(pixel_values, states, mask) if check else None
         kl = kl_divergence(states.logits.float(), masked_logits.float()) if check else None

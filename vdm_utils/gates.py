@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Distribution, constraints
+
+from vdm_utils.errors import VDMError
 
 
 class HardConcrete(Distribution):
@@ -20,6 +23,8 @@ class HardConcrete(Distribution):
         temperature: > 0; small makes samples nearly binary.
         low, high: ends of the stretch, low < 0 < 1 <= high. With high = 1, as in the reference, P(z = 1) = 0 on paper;
             in 32-bit floats a sample rounds to exactly 1, without a gradient, once noise + log_alpha > 16.6 · temperature.
+    Raises:
+        VDMError: for anything else.
     """
 
     arg_constraints = {"log_alpha": constraints.real}
@@ -27,8 +32,15 @@ class HardConcrete(Distribution):
     has_rsample = True
 
     def __init__(self, log_alpha: torch.Tensor, temperature: float = 0.2, low: float = -0.2, high: float = 1.0):
-        if not (temperature > 0 and low < 0 and high >= 1):
-            raise ValueError(f"need temperature > 0, low < 0 and high >= 1, got {temperature}, {low}, {high}")
+        if not isinstance(log_alpha, torch.Tensor) or not log_alpha.is_floating_point():
+            raise VDMError("log_alpha is no location of gates", where="HardConcrete", expected="a float tensor",
+                           got=getattr(log_alpha, "dtype", type(log_alpha).__name__), fix="convert it")  # fmt: skip
+        numbers = temperature, low, high
+        finite = all(isinstance(n, Real) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
+        if not (finite and temperature > 0 and low < 0 and high >= 1):
+            raise VDMError("there is no such hard concrete distribution", where="HardConcrete",
+                           expected="finite numbers, temperature > 0, low < 0 and high >= 1", got=numbers,
+                           fix="change the one that does not fit")  # fmt: skip
         self.log_alpha, self.temperature, self.low, self.high = log_alpha, temperature, low, high
         super().__init__(batch_shape=log_alpha.shape, validate_args=False)
 

@@ -6,10 +6,13 @@ max over α ≥ 0, min over gates and placeholder:  E[fraction kept] + α · (KL
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from vdm_utils.errors import VDMError
 
 
 def mask_embeddings(embeddings: torch.Tensor, mask: torch.Tensor, placeholder: torch.Tensor) -> torch.Tensor:
@@ -49,10 +52,10 @@ class Multiplier(nn.Module):
 
     def __init__(self, count: int, start: float, minimum: float, maximum: float, log_space: bool):
         super().__init__()
-        if not 0 <= minimum <= start <= maximum or (log_space and minimum <= 0):
-            raise ValueError(
-                f"need 0 <= minimum <= start <= maximum (0 < in log space), got {minimum}, {start}, {maximum}"
-            )
+        ordered = all(isinstance(n, Real) for n in (start, minimum, maximum)) and 0 <= minimum <= start <= maximum
+        if not ordered or (log_space and minimum <= 0):
+            raise VDMError("there is no such multiplier", where="Multiplier", got=f"{minimum}, {start}, {maximum}",
+                           expected="0 <= minimum <= start <= maximum (0 < in log space)", fix="change the start or its bounds")  # fmt: skip
         self.log_space = log_space
         self.bounds = (math.log(minimum), math.log(maximum)) if log_space else (minimum, maximum)
         self.parameter = nn.Parameter(torch.full((count,), math.log(start) if log_space else float(start)))

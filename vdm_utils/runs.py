@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from torch.utils.data import Dataset
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
@@ -88,6 +89,13 @@ def check_fit(model: PreTrainedModel, data: Pictures, job: str, classes: bool = 
                        expected=describe(data.id2label, data.num_channels, data.image_size),
                        got=describe(model.config.id2label, config.num_channels, size),
                        fix="train one with train-base, or change the data options or --from_pretrained")  # fmt: skip
+
+
+def check_dataset(data: Dataset, job: str, kind: type[Dataset] = Dataset) -> None:
+    """Raise `VDMError` unless `data` is a dataset of that kind."""
+    if not isinstance(data, kind):
+        raise VDMError("this is no dataset", where=job, expected=f"{kind.__name__} as load_data gives", got=type(data).__name__,
+                       fix="give what load_data returns")  # fmt: skip
 
 
 def training_arguments(chosen: RunSettings, output_dir: Path, rhythm: str, **more) -> TrainingArguments:

@@ -87,7 +87,11 @@ class RunSettings(DataSettings):
     bf16: bool = option(False, "multiply matrices in bfloat16, where the processor can")
     num_epochs: float = option(5, "passes over the training data")
     max_steps: int = option(-1, "stop after this many steps; -1: after num_epochs")
-    log_every_n_steps: int = option(200, "steps between log lines, evaluations and checkpoints")
+    log_every_n_steps: int = option(
+        200,
+        "steps between log lines, evaluations and checkpoints; "
+        "without --max_steps train-base evaluates and saves after every epoch",
+    )
     enable_progress_bar: bool = option(False, "show a progress bar")
     report_to: str = option("none", "tracker: none, tensorboard, trackio, wandb; metrics.csv is always written")
 

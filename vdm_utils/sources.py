@@ -26,6 +26,8 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".ti
 PROJECT_DATA = Path(__file__).resolve().parent.parent / "data"  # notebooks run in a folder of their own
 SECONDS = 10.0  # without a word from a server, after which a download is given up; torchvision would wait for ever
 HELD_OUT = 5_000  # at most so many training pictures, and at most a tenth of them, are the validation split
+# pictures of every class; of MNIST, whose classes differ, those of the smallest
+PUBLISHED = {"CIFAR10": {"train": 5_000, "test": 1_000}, "MNIST": {"train": 5_421, "test": 892}}
 
 
 def digits(split: str, seed: int) -> ImageSet:
@@ -65,6 +67,15 @@ def read_image(file: Path, channels: int = 3) -> Image.Image:
     except Exception as error:
         raise VDMError("an image cannot be read", where=str(file), expected="a picture file", got=error,
                        fix="replace or delete it, or leave such files out with skip_unreadable") from error  # fmt: skip
+
+
+def read_or_skip(file: Path, channels: int = 3) -> Image.Image | None:
+    """The same, or None, with a warning, where the file cannot be read."""
+    try:
+        return read_image(file, channels)
+    except VDMError as error:
+        logger.warning("left out: %s", str(error).replace("\n", " "))
+        return None
 
 
 def read_fitted(files: Sequence[str | Path], size: tuple[int, int], channels: int = 3) -> torch.Tensor:
@@ -111,20 +122,24 @@ def list_images(folder: Path) -> tuple[list[Path], np.ndarray, list[str]]:
 
 
 def read_image_folder(
-    folder: Path, channels: int = 3, split: str = "test"
+    name: str, folder: Path, split: str, skip_unreadable: bool
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """`<folder>/<class>/<image>` in memory: uint8 [M, C, H, W], class indices [M], class names (sorted). Of a folder of
-    training pictures only those of the `split` (`train` or `validation`, see `held_out`) are read."""
+    """MNIST or CIFAR10 as `<folder>/<class>/<image>`, in memory: uint8 [M, C, H, W], class indices [M], class names (sorted).
+    Of a folder of training pictures only those of the `split` (`train` or `validation`, see `held_out`) are read."""
     files, classes, names = list_images(folder)
-    if split != "test":
-        part = held_out(np.arange(len(files)), split)
-        files, classes = [files[i] for i in part], classes[part]
-    images = [transforms.pil_to_tensor(read_image(file, channels)) for file in files]
-    sizes = {tuple(image.shape[1:]) for image in images}
-    if len(sizes) > 1:
-        raise VDMError("images of different sizes", where=str(folder), expected="one size",
-                       got=sorted(sizes)[:4], fix="resize them to one size first")  # fmt: skip
-    return torch.stack(images), torch.from_numpy(classes), names
+    counts, whole = np.bincount(classes), PUBLISHED[name][folder.name]
+    if counts.min() < whole:
+        logger.warning("%s holds only %d pictures in %s, of %d per class: unless you chose them, unpack the data again",
+                       folder, counts.min(), names[counts.argmin()], whole)  # fmt: skip
+    part = np.arange(len(files)) if split == "test" else held_out(np.arange(len(files)), split)
+    read = read_or_skip if skip_unreadable else read_image
+    images = {i: read(files[i], 1 if name == "MNIST" else 3) for i in part}
+    images = {i: transforms.pil_to_tensor(image) for i, image in images.items() if image is not None}
+    sizes = {tuple(image.shape[1:]) for image in images.values()}
+    if len(sizes) != 1:
+        raise VDMError("images of different sizes" if sizes else "no image can be read", where=str(folder), expected="one size",
+                       got=sorted(sizes)[:4], fix="resize them to one size first, or unpack the data again")  # fmt: skip
+    return torch.stack([*images.values()]), torch.from_numpy(classes[[*images]]), names
 
 
 class FolderImages(Pictures):
@@ -178,20 +193,11 @@ def image_folder(
         per_class = [held_out(np.flatnonzero(classes == c), split, missing, most) for c in range(len(names))]
         part = np.concatenate(per_class)
     if skip_unreadable:
-        part = np.array([i for i in part if _is_readable(files[i])], dtype=np.int64)
+        part = np.array([i for i in part if read_or_skip(files[i]) is not None], dtype=np.int64)
     if not len(part):
         raise VDMError(f"no picture for the {split} split", where=str(root), expected="at least 3 pictures per class",
                        got=len(files), fix=f"add pictures, or make a {split} folder with class folders in it")  # fmt: skip
     return FolderImages(name, split, [files[i] for i in part], classes[part], names, side=side, seed=seed)
-
-
-def _is_readable(file: Path) -> bool:
-    try:
-        read_image(file)
-    except VDMError as error:
-        logger.warning("left out: %s", str(error).replace("\n", " "))
-        return False
-    return True
 
 
 # ---------------------------------------------------------------- datasets that have to be somewhere
@@ -201,6 +207,18 @@ def search_path(data_dir: str | os.PathLike | None) -> list[Path]:
     """Where downloaded data is looked for, in order."""
     candidates = [data_dir, os.environ.get("VDM_DATA_DIR"), "data", PROJECT_DATA if PROJECT_DATA.is_dir() else None]
     return list(dict.fromkeys(Path(c) for c in candidates if c))
+
+
+def find_image_folder(name: str, part: str, data_dir) -> Path | None:
+    """`<place>/<name>/<part>`, with class folders in it, in the first place that has it: MNIST or CIFAR10 as picture files."""
+    return next((f for p in search_path(data_dir) if (f := p / name.lower() / part).is_dir()), None)
+
+
+def reads_files(name: str, data_dir) -> bool:
+    """Whether a dataset's pictures are files, one each, which may be damaged one by one."""
+    return name in ("folder", "ImageNet") or any(
+        find_image_folder(name, part, data_dir) for part in PUBLISHED.get(name, ())
+    )
 
 
 def imagenet(split: str, data_dir, **options) -> FolderImages:
@@ -266,22 +284,20 @@ def find_or_download(name: str, part: str, places: list[Path]) -> MNIST | CIFAR1
                        fix="unpack it there, set VDM_DATA_DIR, or use toy, shapes or digits, which need no files") from error  # fmt: skip
 
 
-def downloadable(name: str, split: str, data_dir, seed: int) -> ImageSet:
+def downloadable(name: str, split: str, data_dir, seed: int, skip_unreadable: bool) -> ImageSet:
     """MNIST or CIFAR10: an image folder, else torchvision's own files, else torchvision's download."""
-    channels = 1 if name == "MNIST" else 3
     part = "test" if split == "test" else "train"
-    places = search_path(data_dir)
-    folder = next((p / name.lower() for p in places if (p / name.lower() / part).is_dir()), None)
+    folder = find_image_folder(name, part, data_dir)
     if folder is not None:
-        images, classes, names = read_image_folder(folder / part, channels, split)
-        if len(names) != 10:
-            raise VDMError("data only half unpacked", where=str(folder / part), expected="10 class folders",
-                           got=len(names), fix="unpack the data again")  # fmt: skip
-        check_same_classes([folder / half for half in ("train", "test") if (folder / half).is_dir()])
+        if (found := len(class_folders(folder))) != 10:
+            raise VDMError("data only half unpacked", where=str(folder), expected="10 class folders",
+                           got=found, fix="unpack the data again")  # fmt: skip
+        check_same_classes([half for half in (folder.with_name("train"), folder.with_name("test")) if half.is_dir()])
+        images, classes, names = read_image_folder(name, folder, split, skip_unreadable)
     else:
-        found = find_or_download(name, part, places)
+        found = find_or_download(name, part, search_path(data_dir))
         images = torch.as_tensor(found.data)
-        images = images[:, None] if channels == 1 else images.permute(0, 3, 1, 2).contiguous()
+        images = images[:, None] if name == "MNIST" else images.permute(0, 3, 1, 2).contiguous()
         classes, names = torch.as_tensor(found.targets), found.classes
         if split != "test":
             chosen = torch.from_numpy(held_out(np.arange(len(images)), split))

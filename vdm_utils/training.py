@@ -27,7 +27,7 @@ from vdm_utils.checkpoints import save_classifier, write_checksums
 from vdm_utils.data import Pictures
 from vdm_utils.diffmask import DiffMaskOutput, VisionDiffMask
 from vdm_utils.errors import VDMError
-from vdm_utils.runs import check_fit, load_weights, run_to_the_end, training_arguments
+from vdm_utils.runs import check_dataset, check_fit, load_weights, run_to_the_end, training_arguments
 from vdm_utils.settings import (
     RECIPES,
     ClassifierSettings,
@@ -198,6 +198,7 @@ def train_classifier(
     Returns the validation metrics of the kept weights (`eval_accuracy` in 0..1, `eval_loss` in nats).
     """
     chosen.validate()
+    check_dataset(train_data, "train_classifier", Pictures), check_dataset(eval_data, "train_classifier")
     check_fit(model, train_data, "train_classifier")
     if "labels" not in inspect.signature(model.forward).parameters:  # DeiT's head for inference, with its teacher
         raise VDMError("this classifier computes no loss", where="train_classifier", expected="a model whose forward takes labels",
@@ -249,6 +250,7 @@ def train_classifier(
 @torch.no_grad()
 def evaluate_classifier(model: PreTrainedModel, data: Pictures, batch_size: int = 128) -> dict[str, float]:
     """`accuracy` (0..1) and mean `confidence` of the predicted class (0..1) over a dataset."""
+    check_dataset(data, "evaluate_classifier")
     model.eval()
     parts = []
     for batch in DataLoader(data, batch_size):
@@ -408,6 +410,7 @@ def train_diffmask(
     Returns `evaluate_diffmask` on `eval_data`, with an `eval_` before every name.
     """
     chosen.validate()
+    check_dataset(train_data, "train_diffmask", Pictures), check_dataset(eval_data, "train_diffmask")
     output_dir, home = Path(output_dir), diffmask.device
     if not diffmask.config.base_name_or_path:  # a base that was never saved goes with the run
         save_classifier(diffmask.base, output_dir / "base")
@@ -437,6 +440,7 @@ def evaluate_diffmask(diffmask: VisionDiffMask, data: Pictures, batch_size: int 
     `kl`: mean in nats. `feasible`: share of images with KL ≤ ε. `unchanged`: share whose predicted class stays.
     `kept`: mean of the mask. Where the truth is known, `metrics.truth_report` says more.
     """
+    check_dataset(data, "evaluate_diffmask")
     parts = []
     for batch in DataLoader(data, batch_size):
         shown = diffmask.explain(batch["pixel_values"].to(diffmask.device))

@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -359,7 +360,15 @@ class PatchView:
         """Run the model with its patch embeddings replaced by `embeddings` [B, N, d]; gradients reach `embeddings`.
 
         `pixel_values` [B, C, H, W] only carries the shape. Returns logits [B, C].
+
+        Raises:
+            VDMError: for embeddings of another shape, or that are no floats.
         """
+        floats = isinstance(embeddings, torch.Tensor) and embeddings.is_floating_point()
+        got = list(embeddings.shape) if floats else getattr(embeddings, "dtype", type(embeddings).__name__)
+        if got != (expected := [len(pixel_values), math.prod(self.grid), self.hidden_size]):
+            raise VDMError("the embeddings do not fit the classifier", where=type(self.model).__name__,
+                           expected=f"a float tensor {expected}", got=got, fix="take those of encode, and replace some")  # fmt: skip
 
         def replace(module, inputs, output):
             if output.dim() == 4:
