@@ -5,9 +5,9 @@ pictures are kept, by several orders, some of which never look at the picture (e
 nats, and the share of pictures with KL ≤ ε and with the same class, under the fill of the DiffMask that ships.
 
 How many are needed differs from picture to picture. "cut to fit" asks the classifier: of 16 sizes the smallest that keeps both
-promises. "by entropy" only looks at how unsure the answer on the whole picture is: for every tenth of the validation pictures,
-in the order of that entropy, the smallest size that keeps both promises on 85 % of them. The last row shows the masks of the
-DiffMask as they are.
+promises (`refine.cut_to_fit`). "by entropy" only looks at how unsure the answer on the whole picture is: for every tenth of
+the validation pictures, in the order of that entropy, the smallest size that keeps both promises on 85 % of them. The last
+row shows the masks of the DiffMask as they are.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vdm_utils.diffmask import Explanation, VisionDiffMask
 from vdm_utils.explorers import with_mask
 from vdm_utils.metrics import top_patches
 from vdm_utils.objective import kl_divergence
-from vdm_utils.refine import promise_held
+from vdm_utils.refine import cut_to_fit, promise_held
 
 SHARES = torch.arange(1, 17) / 16
 BINS, ENOUGH = 10, 0.85
@@ -108,11 +108,8 @@ def main() -> None:
 
         for share in (0.3, 0.5, 0.7):
             cut(f"{share:.0%}", torch.full((count,), share))
-        kept, before = (
-            torch.cat([promises_kept(diffmask, *three) for three in zip(*several)])
-            for several in ((parts, shown, order), (unseen, known, learned_from[name]))
-        )
-        cut("cut to fit", SHARES[kept.int().argmax(1)])
+        note(name, "cut to fit", [cut_to_fit(diffmask, part, scores=scores) for part, scores in zip(parts, order)])
+        before = torch.cat([promises_kept(diffmask, *three) for three in zip(unseen, known, learned_from[name])])
         cut("by entropy", size_by_entropy(entropy, before, asked))
     note("Vision DiffMask", "as shown", shown)
     if wanted.table:
