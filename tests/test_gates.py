@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from vdm_utils.gates import GateNetwork, HardConcrete, combine_votes, hard_concrete_sample, prob_nonzero
+from vdm_utils.gates import GateNetwork, HardConcrete, combine_votes, hard_concrete_sample, log_alphas, prob_nonzero
 
 SAMPLES = 100_000
 GATES = [  # log_alpha, temperature, low, high
@@ -139,13 +139,13 @@ def test_a_gate_looks_at_both_inputs_and_at_its_own_patch_only(normalize):
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-def test_inputs_prepared_once_are_those_of_every_gate(normalize):
-    embeddings, hidden = 60 * torch.randn(2, 9, 8), torch.randn(2, 9, 8)
+def test_gates_together_say_what_each_says_alone(normalize):
+    embeddings, hidden = 60 * torch.randn(2, 9, 8), torch.randn(3, 2, 9, 8).unbind(0)
     gates = [gate_network(normalize=normalize) for _ in range(3)]
     assert torch.equal(gates[0].prepare(embeddings), embeddings) != normalize
-    for gate in gates:
-        prepared = gate(gates[0].prepare(embeddings), hidden, ready=True)
-        assert torch.equal(prepared, gate(embeddings, hidden))
+    together = log_alphas(gates, embeddings, hidden)
+    for gate, states, found in zip(gates, hidden, together, strict=True):
+        assert torch.allclose(found, gate(embeddings, states), atol=1e-5) and found.std() > 0.1
 
 
 def test_zero_start_begins_at_add_and_can_leave_it():

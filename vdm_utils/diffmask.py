@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from vdm_utils.checkpoints import load_saved, refuse_misfits, save_classifier, write_checksums
 from vdm_utils.errors import VDMError
-from vdm_utils.gates import GateNetwork, HardConcrete, combine_votes
+from vdm_utils.gates import GateNetwork, HardConcrete, combine_votes, log_alphas
 from vdm_utils.objective import Multiplier, expected_l0, kl_divergence, lagrangian, mask_embeddings
 from vdm_utils.vit import PatchStates, PatchView, fingerprint, load_classifier
 
@@ -219,9 +219,8 @@ class VisionDiffMask(PreTrainedModel):
         dtype = self.multiplier.parameter.dtype  # of the gates, whatever the precision of the base
         # under autocast the noise would be drawn in bfloat16 too, and end at ±4.8: gates beyond it would never flip, nor learn
         with torch.autocast(states.embeddings.device.type, enabled=False):
-            embeddings = self.gates[0].prepare(states.embeddings.to(dtype))  # once for all gates
-            pairs = zip(self.gates[: last + 1], states.hidden)
-            log_alpha = [gate(embeddings, hidden.to(dtype), ready=True) for gate, hidden in pairs]
+            hidden = [state.to(dtype) for state in states.hidden[: last + 1]]
+            log_alpha = log_alphas(self.gates[: last + 1], states.embeddings.to(dtype), hidden)
         return HardConcrete(torch.stack(log_alpha, dim=1), self.config.temperature, self.config.low, self.config.high)
 
     def masked_logits(self, pixel_values: torch.Tensor, states: PatchStates, mask: torch.Tensor) -> torch.Tensor:

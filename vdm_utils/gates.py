@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 
 import torch
@@ -127,13 +128,28 @@ class GateNetwork(nn.Module):
         """Hidden states [B, N, d] as this network takes them: it has no weights here, so gates can share the work."""
         return F.layer_norm(states, states.shape[-1:]) if self.normalize else states
 
-    def forward(self, embeddings: torch.Tensor, hidden: torch.Tensor, ready: bool = False) -> torch.Tensor:
-        """`embeddings` h_0 and `hidden` h_k, both [B, N, d] → log_alpha [B, N]; `ready`: h_0 went through `prepare` already."""
-        embeddings = embeddings if ready else self.prepare(embeddings)
-        hidden = self.prepare(hidden)
-        seen = torch.cat([embeddings, hidden], dim=-1)  # [B, N, 2d]
-        vote = self.outer(torch.tanh(self.inner(seen))).squeeze(-1)  # [B, N]
-        return self.mul * torch.tanh(vote) + self.add
+    def forward(self, embeddings: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """`embeddings` h_0 and `hidden` h_k, both [B, N, d] → log_alpha [B, N]."""
+        return log_alphas([self], embeddings, [hidden])[0]
+
+
+def log_alphas(
+    gates: Sequence[GateNetwork], embeddings: torch.Tensor, hidden: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """What gates say that look at the same h_0 (`embeddings`) and each at its own state: log_alpha [B, N] per gate.
+
+    W [h_0; h_k] = W₀ h_0 + W_k h_k, and W₀ h_0 is one product for all of them: nothing is put side by side first.
+    """
+    d = embeddings.shape[-1]
+    to_first = torch.cat([gate.inner.weight[:, :d] for gate in gates])  # [gates · d/4, d]
+    bias = torch.cat([gate.inner.bias for gate in gates])
+    of_first = F.linear(gates[0].prepare(embeddings), to_first, bias).chunk(len(gates), dim=-1)
+    found = []
+    for gate, first, states in zip(gates, of_first, hidden):
+        seen = first + F.linear(gate.prepare(states), gate.inner.weight[:, d:])  # [B, N, d/4]
+        vote = gate.outer(torch.tanh(seen)).squeeze(-1)  # [B, N]
+        found.append(gate.mul * torch.tanh(vote) + gate.add)
+    return found
 
 
 def combine_votes(log_prob: torch.Tensor, aggregated: bool = True) -> torch.Tensor:
