@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import torch
 from shipped import DATASETS, promise, shipped
+from speed import seconds
 
 from vdm_utils.attributions import attention_rollout, grad_cam
 from vdm_utils.refine import cut_to_fit
@@ -24,13 +24,11 @@ from vdm_utils.refine import cut_to_fit
 
 def in_passes(jobs: dict[str, Callable], rounds: int) -> dict[str, float]:
     """Median time of each job, in that of the job "pass" in the same round; the first round warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    spent: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(rounds + 1):
         for name, job in jobs.items():
-            start = time.perf_counter()
-            job()
-            seconds[name].append(time.perf_counter() - start)
-    return {n: statistics.median(t / f for t, f in zip(s[1:], seconds["pass"][1:])) for n, s in seconds.items()}
+            spent[name].append(seconds(job))
+    return {n: statistics.median(t / f for t, f in zip(s[1:], spent["pass"][1:])) for n, s in spent.items()}
 
 
 def main() -> None:

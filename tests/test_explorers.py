@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 
 from vdm_utils import explorers, gallery, plots
 from vdm_utils.attributions import attention_rollout, grad_cam
@@ -28,6 +29,7 @@ from vdm_utils.explorers import (
     mask_explorer,
     what_if_explorer,
 )
+from vdm_utils.faithfulness import bootstrap
 from vdm_utils.gallery import (
     comparison_explorer,
     draw_comparison,
@@ -761,4 +763,20 @@ def test_an_explanation_grid_shows_what_it_names(base, diffmask, toy):
     assert all(
         first[name].get_clim() == (0, 1) for name in ("mask", "Grad-CAM", "rollout", "truth")
     )  # one colour bar for all
+    plt.close(figure)
+
+
+def test_curves_are_drawn_as_given_in_bands_of_their_intervals():
+    curves = {name: top * torch.rand(30, 4) for top, name in enumerate("abcde", start=1)}
+    figure, axes = plt.subplots()
+    plots.show_curves(axes, [0, 10, 20, 40], curves)
+    for line, band, (name, values) in zip(axes.lines, axes.collections, curves.items(), strict=True):
+        assert line.get_label() == name and list(line.get_xdata()) == [0, 10, 20, 40]
+        assert line.get_ydata() == pytest.approx(values.mean(0).numpy())
+        outline = band.get_paths()[0].vertices
+        ends = [outline[outline[:, 0] == x, 1] for x in line.get_xdata()]
+        drawn = [(end.min(), end.max()) for end in ends]
+        assert np.array(drawn) == pytest.approx(np.array([bootstrap(value)[1:] for value in values.unbind(1)]))
+        assert tuple(band.get_facecolor()[0, :3]) == pytest.approx(to_rgb(line.get_color()))
+    assert len({to_rgb(line.get_color()) for line in axes.lines}) == 5
     plt.close(figure)

@@ -15,8 +15,10 @@ from vdm_utils.errors import VDMError
 from vdm_utils.faithfulness import (
     bootstrap,
     compare,
+    curve_areas,
     paired_comparison,
     perturbation_areas,
+    perturbation_curves,
     sufficiency_and_comprehensiveness,
     top_fractions,
 )
@@ -98,12 +100,15 @@ def test_comprehensiveness_of_one_patch_is_captums_ablation(base, pictures):
 
 def test_areas_are_the_means_of_the_curves(diffmask, pictures):
     scores = {"a": torch.rand(8, 3, 3), "b": torch.rand(8, 3, 3)}
-    areas = perturbation_areas(diffmask, pictures, scores, points=4)
+    found = perturbation_curves(diffmask, pictures, scores, points=4)
+    areas = curve_areas(found)
+    assert areas.equals(perturbation_areas(diffmask, pictures, scores, points=4))
     assert len(areas) == 3 * 4 * 2 * 2 * 8 and set(areas["method"]) == {"random", "a", "b"}
     for fill in FILLS:
         for direction in ("important first", "unimportant first"):
             curves = deletion_curves(diffmask, pictures, scores["b"], direction == "important first", 4, fill=fill)
             for measure, curve in zip(("probability", "kl"), curves):
+                assert torch.allclose(found["b", fill, direction, measure], curve, atol=1e-6)
                 chosen = areas[
                     (areas[["method", "fill", "direction", "measure"]] == ["b", fill, direction, measure]).all(axis=1)
                 ]

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Subset
 
 from vdm_utils.__main__ import parse
+from vdm_utils.attributions import METHODS
 from vdm_utils.data import load_data
 from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.errors import VDMError
@@ -148,6 +149,30 @@ def test_the_short_sentences_say_what_the_long_ones_do():
     found = [re.findall(r"\d+", row[1]) for row in rows(claim("Recovery"))]
     assert list(re.search(r"on \*\*(\d+) of (\d+)\*\*", text).groups()) == [str(sum(map(int, n))) for n in zip(*found)]
     assert f"finds {re.search(r'on digits it fails with ([0-9.]+)', flat(claim('Sanity checks'))).group(1)}" in text
+
+
+def test_cost_of_every_method_is_that_of_the_run():
+    run = pd.read_csv(ROOT / "benchmarks" / "results" / "speed_small.csv", index_col="method")
+    names = {"one training step": "training step", "one mask": "Vision DiffMask"}
+    names |= {name.lower(): name for name in METHODS}
+    table = {name.lower(): told for name, *told in rows(claim("Cost")) if name.lower() in names and len(told) == 2}
+    assert {names[name] for name in table} == set(run.index)
+    for name, (passes, told) in table.items():
+        found = run.loc[names[name]]
+        assert agrees(told, found["base forwards"]), name
+        if name != "one training step":
+            assert passes == f"{found['forward passes']:.0f} + {found['backward passes']:.0f}", name
+
+
+def test_every_method_takes_its_turn(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    words = "--size tiny --image_size 12 --patch_size 4 --batch_size 1 --rounds 2 --methods all --table"
+    monkeypatch.setattr("sys.argv", ["speed.py", *words.split(), str(tmp_path / "speed.csv")])
+    importlib.import_module("speed").main()
+    run = pd.read_csv(tmp_path / "speed.csv", index_col="method")
+    assert list(run.index) == ["training step", "Vision DiffMask", *METHODS]
+    assert run.loc["RISE", "base forwards"] > 3 > run.loc["Random", "base forwards"]
+    assert (run["min"] <= run["base forwards"]).all() and (run["base forwards"] <= run["max"]).all()
 
 
 def test_recovery_table_is_that_of_the_runs():

@@ -76,41 +76,65 @@ def sufficiency_and_comprehensiveness(
     return (whole - only).mean(1), (whole - without).mean(1)
 
 
-def perturbation_areas(
+def break_ties(scores: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The same order with equal `scores` [B, rows, cols], as the many zeros of Grad-CAM, in random order: [B, rows, cols].
+
+    In reading order, the corner above left would always go first.
+    """
+    level = scores.cpu().unique(return_inverse=True)[1]  # 0, 1, 2, … for the smallest value, the next one, …
+    return (level + torch.rand(level.shape, generator=generator, dtype=torch.double)).to(scores.device)
+
+
+def perturbation_curves(
     model: PreTrainedModel | VisionDiffMask,
     pixel_values: torch.Tensor,
     scores: Mapping[str, torch.Tensor],
     fills: Sequence[str] = FILLS,
     points: int = 29,
     seed: int = 0,
-) -> pd.DataFrame:
-    """The areas under the deletion curves of several methods, beside a random order, picture by picture.
+) -> dict[tuple[str, str, str, str], torch.Tensor]:
+    """The deletion curves of several methods, beside a random order, picture by picture.
 
     Args:
-        scores: the scores [B, rows, cols] of each method on the pictures [B, C, H, W]; "random" is added. Equal scores, as
-            the many zeros of Grad-CAM, are ordered at random: in reading order, the corner above left would always go first.
+        scores: the scores [B, rows, cols] of each method on the pictures [B, C, H, W]; "random" is added. Ties are broken.
         fills, points, seed: see `deletion_curves`.
     Returns:
-        One row per number, with the columns method, fill, direction (`important first`, `unimportant first`; the area of
-        the insertion curve is that of the latter), measure (`probability`, `kl` in nats), picture and area.
+        [B, points] for every (method, fill, direction, measure), with the directions `important first` and `unimportant
+        first` (read from the end, the insertion curve), and the measures `probability` and `kl` in nats.
     """
     generator = torch.Generator().manual_seed(seed)
     shape = (len(pixel_values), *next(iter(scores.values())).shape[1:]) if scores else None
     if shape is None or any(tuple(one.shape) != shape for one in scores.values()):
-        raise VDMError("these scores cannot be compared", where="perturbation_areas", expected="{name: [B, rows, cols]}",
+        raise VDMError("these scores cannot be compared", where="perturbation_curves", expected="{name: [B, rows, cols]}",
                        got={name: list(one.shape) for name, one in scores.items()}, fix="score every picture with every method")  # fmt: skip
-    parts = []
+    found = {}
     for method, values in {"random": torch.zeros(shape), **scores}.items():
-        check_scores(values, f"perturbation_areas, {method}")
-        level = values.cpu().unique(return_inverse=True)[1]  # 0, 1, 2, … for the smallest value, the next one, …
-        order = (level + torch.rand(shape, generator=generator, dtype=torch.double)).to(pixel_values.device)
+        check_scores(values, f"perturbation_curves, {method}")
+        order = break_ties(values, generator).to(pixel_values.device)
         for fill in fills:
             for direction in ("important first", "unimportant first"):
                 curves = deletion_curves(model, pixel_values, order, direction == "important first", points, seed, fill)
-                for measure, curve in zip(("probability", "kl"), curves):
-                    part = pd.DataFrame({"picture": range(len(curve)), "area": curve.mean(1).cpu().double()})
-                    parts.append(part.assign(method=method, fill=fill, direction=direction, measure=measure))
-    return pd.concat(parts, ignore_index=True)[["method", "fill", "direction", "measure", "picture", "area"]]
+                found |= {(method, fill, direction, m): c for m, c in zip(("probability", "kl"), curves)}
+    return found
+
+
+def curve_areas(curves: Mapping[tuple[str, str, str, str], torch.Tensor]) -> pd.DataFrame:
+    """The areas under `perturbation_curves`, the means over their points, picture by picture.
+
+    Returns one row per number, with the columns method, fill, direction, measure, picture and area. The area of the
+    insertion curve is that of `unimportant first`.
+    """
+    keys = ["method", "fill", "direction", "measure"]
+    parts = []
+    for key, curve in curves.items():  # [B, points]
+        part = pd.DataFrame({"picture": range(len(curve)), "area": curve.mean(1).cpu().double()})
+        parts.append(part.assign(**dict(zip(keys, key))))
+    return pd.concat(parts, ignore_index=True)[[*keys, "picture", "area"]]
+
+
+def perturbation_areas(*args, **options) -> pd.DataFrame:
+    """`curve_areas` of the `perturbation_curves` that these arguments make."""
+    return curve_areas(perturbation_curves(*args, **options))
 
 
 def _intervals(areas: pd.DataFrame, keys: list[str], name: str) -> pd.DataFrame:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,10 +18,13 @@ from vdm_utils.attributions import attention_rollout, grad_cam
 from vdm_utils.checkpoints import write_whole
 from vdm_utils.data import Pictures
 from vdm_utils.diffmask import Explanation, VisionDiffMask
+from vdm_utils.faithfulness import bootstrap
 
 MASK_COLOURS = "cividis"  # readable in grey and with colour-blind eyes
 PANEL = 1.6  # inches per small picture
 WIDTH = 7.2  # inches of a full-width figure
+# of several curves, in the colours of Okabe and Ito, which colour-blind eyes tell apart; the dashes do in grey
+LINES = (("black", "-"), ("#0072B2", "--"), ("#D55E00", "-."), ("#009E73", ":"), ("0.55", "-"))
 
 
 def to_image(pixel_values: torch.Tensor) -> np.ndarray:
@@ -104,6 +107,14 @@ def show_course(
     axes.set(ylim=(-0.06 * top, 1.15 * top), xticks=[])
     axes.set_yticks([0, top], ["0", f"{top:.2g}"], fontsize=7)
     axes.set_title(title, fontsize=8, y=1.0)
+
+
+def show_curves(axes, x: Sequence[float], curves: Mapping[str, torch.Tensor]) -> None:
+    """The means over pictures of up to five methods' curves [B, S] at `x` [S], in bands of 95 % bootstrap intervals."""
+    for (name, values), (colour, line) in zip(curves.items(), LINES[: len(curves)], strict=True):
+        mean, low, high = zip(*map(bootstrap, values.unbind(1)))
+        axes.plot(x, mean, color=colour, linestyle=line, linewidth=1.4, label=name)
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def picture_grid(
