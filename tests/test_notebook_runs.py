@@ -32,12 +32,15 @@ ASKED = "import torch, vdm_utils.data\nprint(torch.get_num_threads(), vdm_utils.
 
 @pytest.fixture(scope="session")
 def clone(tmp_path_factory):
+    return make_clone(tmp_path_factory.mktemp("clone"))
+
+
+def make_clone(folder):
     """The tree without anything that git ignores: what a clone would have after a commit."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout: what a clone has is not known")
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    folder = tmp_path_factory.mktemp("clone")
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).is_file():  # a deleted file stays listed until the commit
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -107,13 +110,16 @@ def errors(cells):
     return [f"{c.source.splitlines()[0]}: {o.ename}: {o.evalue}" for c in cells for o in c.outputs if "ename" in o]
 
 
-def run_in_one_kernel(folder, cells, threads=1):
-    """Execute cells in turn whatever fails, on `threads` threads, in the notebooks folder of a clone."""
+def run_in_one_kernel(folder, cells, threads=1, **variables):
+    """Execute cells in turn whatever fails, on `threads` threads, in the notebooks folder of a clone.
+
+    `variables`: of the environment, on top of `surroundings`.
+    """
     asked = new_code_cell(ASKED)
     notebook = new_notebook(cells=[asked, *cells], metadata={"kernelspec": {"name": "python3", "display_name": ""}})
     place = {"metadata": {"path": str(folder / "notebooks")}}
     client = NotebookClient(notebook, timeout=1800, startup_timeout=300, allow_errors=True, resources=place)
-    client.execute(env=surroundings(folder, threads))
+    client.execute(env=surroundings(folder, threads) | variables)
     assert shown(asked) == {"stdout": f"{threads} {folder / 'vdm_utils' / 'data.py'}\n"}
     return cells
 

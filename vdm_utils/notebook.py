@@ -26,19 +26,72 @@ class Profile:
     """The numbers in which a laptop run and a paper-scale run differ; the cells are the same.
 
     base_steps, diffmask_steps: optimizer steps of the live training cells. images: how many are shown in tables.
-    recipe: of `vdm_utils.training.settings`.
+    The others are about photographs (CIFAR-10, notebooks 05 and 06).
+    photo_base: Hub name of the classifier; None: the small ones that ship. photo_size: side of its pictures in pixels; None:
+    their own. counting: options of `load_data` for grids of them. recipe: of `vdm_utils.training.settings`, with
+    `run_options` on top for every training and `mask_options` for that of a DiffMask of single pictures.
+    curves: how many pictures get deletion curves, and of how many points. gpu: whether to compute on one where there is one.
     """
 
     name: str
     base_steps: int
     diffmask_steps: int
     images: int
+    photo_base: str | None
+    photo_size: int | None
+    counting: dict
     recipe: str
+    run_options: dict
+    mask_options: dict
+    curves: tuple[int, int]
+    gpu: bool
+
+    @property
+    def device(self) -> str:
+        """Where photographs and their classifier are to be: `cuda` or `cpu`."""
+        return "cuda" if self.gpu and torch.cuda.is_available() else "cpu"
+
+    def checkpoint(self, task: str, part: str) -> str:
+        """Where the `base` or `diffmask` of a task is: in data/ what ships, a Hub name, or a folder of this profile under runs/.
+
+        Only what explains photographs differs between profiles. A folder under runs/ may have to be filled first: `finished`.
+        """
+        if self.photo_base is None or not task.startswith("cifar10"):
+            return checkpoint(task, part)
+        if (task, part) == ("cifar10", "base"):
+            return self.photo_base
+        return str(REPOSITORY / "runs" / f"{task}-{self.name}" / part)
 
 
 PROFILES = {
-    "quick": Profile("quick", base_steps=600, diffmask_steps=800, images=500, recipe="quick"),
-    "paper": Profile("paper", base_steps=6000, diffmask_steps=20_000, images=1_000, recipe="paper"),
+    "quick": Profile(
+        "quick",
+        base_steps=600,
+        diffmask_steps=800,
+        images=500,
+        photo_base=None,
+        photo_size=None,
+        counting={"grid_size": 2, "class_idx": 1},  # of automobiles
+        recipe="pictures",
+        run_options={"log_every_n_steps": 10_000},
+        mask_options={"no_placeholder": True, "shared_noise": True},
+        curves=(10, 14),
+        gpu=False,
+    ),
+    "paper": Profile(
+        "paper",
+        base_steps=6000,
+        diffmask_steps=20_000,
+        images=1_000,
+        photo_base="tanlq/vit-base-patch16-224-in21k-finetuned-cifar10",
+        photo_size=224,
+        counting={"grid_size": 3, "class_idx": 3, "image_size": 224},  # of cats
+        recipe="paper",  # 20 epochs
+        run_options={"log_every_n_steps": 1_407},  # an epoch of CIFAR-10: 45,000 pictures, 32 at a time
+        mask_options={},
+        curves=(200, 29),  # the paper's points
+        gpu=True,
+    ),
 }
 
 
@@ -66,6 +119,11 @@ def checkpoint(task: str, part: str) -> str:
         raise VDMError("no such checkpoint", where="checkpoint", expected=f"{task}/{part} under data/checkpoints",
                        got=sorted(p.name for p in CHECKPOINTS.glob("*")), fix="name a task from the list")  # fmt: skip
     return str(folder)
+
+
+def finished(folder: str) -> bool:
+    """Whether a training has run to its end in this folder: its last act is to write `config.json`."""
+    return Path(folder, "config.json").is_file()
 
 
 @contextmanager
