@@ -176,8 +176,18 @@ def test_masks_of_a_classifier_that_learned_shuffled_labels(shapes_pair, tmp_pat
         optimizer.step()
     shuffled = trained_for(5, tmp_path)(model.eval())
     check = label_randomisation(diffmask, shuffled, batch["pixel_values"])
-    assert check.passed and check.value == check.table.loc["shuffled labels", "rank correlation"]
-    assert not label_randomisation(diffmask, diffmask, batch["pixel_values"]).passed  # labels made no difference
+    assert check.passed and check.value == check.table.loc["shuffled labels", "IoU"]
+    itself = label_randomisation(diffmask, diffmask, batch["pixel_values"])  # labels made no difference
+    assert not itself.passed and itself.table.loc["shuffled labels"].tolist() == pytest.approx([1, 1])
+    ours, theirs = (one.explain(batch["pixel_values"], check=False).mask > 0.5 for one in (diffmask, shuffled))
+    overlap = [(a & b).sum() / (a | b).sum() for a, b in zip(ours, theirs) if a.any()]  # picture by picture
+    assert check.value == pytest.approx(torch.stack(overlap).mean().item())
+
+
+def test_masks_that_keep_nothing_cannot_be_compared_with_those_of_shuffled_labels(shapes_pair):
+    empty = VisionDiffMask.for_classifier(shapes_pair[0].base, add_activation=-10.0, zero_start=True)
+    with pytest.raises(VDMError, match="keeps nothing on every picture"):
+        label_randomisation(empty, shapes_pair[0], shapes_pair[1]["pixel_values"])
 
 
 # ---------------------------------------------------------------- leakage
