@@ -140,6 +140,8 @@ def test_the_short_sentences_say_what_the_long_ones_do():
     step, mask, *_ = rows(claim("Cost"))
     told = re.search(r"costs ([\d.]+) .* a mask ([\d.]+) .*: ([\d.]+) and ([\d.]+)\)", text).groups()
     assert told == (step[1], mask[1], step[2], mask[2])
+    (half,) = [row[1] for row in rows(claim("Cost")) if row[0] == "CIFAR-10, 3 of 6 layers"]
+    assert f"a mask that is as good costs {half}: the pass can be left half-way" in text
     shares = re.search(
         r"keep (\d+) % of a picture, where random patches need (\d+) % and a chessboard (\d+) %", text
     ).groups()
@@ -162,6 +164,24 @@ def test_cost_of_every_method_is_that_of_the_run():
         assert agrees(told, found["base forwards"]), name
         if name != "one training step":
             assert passes == f"{found['forward passes']:.0f} + {found['backward passes']:.0f}", name
+
+
+def test_masks_of_every_depth_are_those_of_the_run():
+    run = pd.read_csv(ROOT / "benchmarks" / "results" / "depths.csv").set_index(["task", "what"])
+    table = [row for row in rows(claim("Cost")) if row[0].startswith(("shapes, ", "CIFAR-10, "))]
+    assert len(table) == 4 + 2 + 6 + 2
+    for name, *told in table:
+        task, _, what = name.lower().replace("-", "").partition(", ")
+        layers = re.match(r"(\d+) of \d+ layers", what)
+        found = run.loc[
+            (task, f"depth {int(layers[1]) + 1}" if layers else {"attention rollout": "rollout"}.get(what, "Grad-CAM"))
+        ]
+        assert all(agrees(*pair) for pair in zip(filter(None, told), found)), name
+        assert layers or not any(told[1:])
+    photos = run.loc["cifar10"]
+    assert photos.loc["depth 4", "cost"] <= photos.loc["Grad-CAM", "cost"] / 2
+    assert photos.loc["depth 4", "KL ≤ ε"] >= photos.loc["depth 7", "KL ≤ ε"]
+    assert photos.loc["depth 4", "cut to fit, kept"] <= photos.loc["depth 7", "cut to fit, kept"]
 
 
 def test_every_method_takes_its_turn(monkeypatch, tmp_path):

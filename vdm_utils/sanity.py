@@ -126,7 +126,7 @@ def new_gates(diffmask: VisionDiffMask, retrain: Callable[[PreTrainedModel], Vis
 
 
 def label_randomisation(
-    diffmask: VisionDiffMask, shuffled: VisionDiffMask, pixel_values: torch.Tensor, limit: float = 0.8
+    diffmask: VisionDiffMask, shuffled: VisionDiffMask, pixel_values: torch.Tensor, limit: float = 0.9
 ) -> Check:
     """Does the explanation change when the labels meant nothing? (Adebayo et al. 2018, section 3.2)
 
