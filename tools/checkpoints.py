@@ -1,5 +1,6 @@
 """Train again what ships under data/checkpoints, or what is as good: with the commands that the cards state, but for the last
-schools of the CIFAR-10 classifier and of its counter, of which the cards say how they were found.
+schools of the CIFAR-10 classifier and of its counter, of which the cards say how they were found. One part is luck: the commands
+of digits-count/diffmask-complement found the mirror image once, and the counted cells the next time.
 
     python tools/checkpoints.py            # all of them; hours on two CPU cores, nearly all of them for cifar10
     python tools/checkpoints.py toy        # one task
