@@ -130,7 +130,12 @@ class GateNetwork(nn.Module):
 
     def forward(self, embeddings: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """`embeddings` h_0 and `hidden` h_k, both [B, N, d] → log_alpha [B, N]."""
-        return log_alphas([self], embeddings, [hidden])[0]
+        seen = torch.cat([self.prepare(embeddings), self.prepare(hidden)], dim=-1)  # [B, N, 2d]
+        return self.vote(self.inner(seen))
+
+    def vote(self, inner: torch.Tensor) -> torch.Tensor:
+        """From what the first layer makes of both inputs, [B, N, d/4], to log_alpha [B, N]."""
+        return self.mul * torch.tanh(self.outer(torch.tanh(inner)).squeeze(-1)) + self.add
 
 
 def log_alphas(
@@ -144,12 +149,8 @@ def log_alphas(
     to_first = torch.cat([gate.inner.weight[:, :d] for gate in gates])  # [gates · d/4, d]
     bias = torch.cat([gate.inner.bias for gate in gates])
     of_first = F.linear(gates[0].prepare(embeddings), to_first, bias).chunk(len(gates), dim=-1)
-    found = []
-    for gate, first, states in zip(gates, of_first, hidden):
-        seen = first + F.linear(gate.prepare(states), gate.inner.weight[:, d:])  # [B, N, d/4]
-        vote = gate.outer(torch.tanh(seen)).squeeze(-1)  # [B, N]
-        found.append(gate.mul * torch.tanh(vote) + gate.add)
-    return found
+    each = zip(gates, of_first, hidden)
+    return [gate.vote(own + F.linear(gate.prepare(states), gate.inner.weight[:, d:])) for gate, own, states in each]
 
 
 def combine_votes(log_prob: torch.Tensor, aggregated: bool = True) -> torch.Tensor:
