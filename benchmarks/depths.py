@@ -2,33 +2,24 @@
 
     python benchmarks/depths.py shapes cifar10 --table runs/depths.csv
 
-Costs are forward passes of the same 64 pictures, medians of rounds in which everything takes its turn; attention rollout and
-Grad-CAM stand beside them. Test pictures; nothing is trained.
+Costs are forward passes of the same 64 pictures, medians over the rounds of `speed.in_passes`; attention rollout and Grad-CAM
+stand beside them. Test pictures; nothing is trained.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
 from shipped import DATASETS, promise, shipped
-from speed import seconds
+from speed import in_passes
 
 from vdm_utils.attributions import attention_rollout, grad_cam
 from vdm_utils.refine import cut_to_fit
-
-
-def in_passes(jobs: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """Median time of each job, in that of the job "pass" in the same round; the first round warms up."""
-    spent: dict[str, list[float]] = {name: [] for name in jobs}
-    for _ in range(rounds + 1):
-        for name, job in jobs.items():
-            spent[name].append(seconds(job))
-    return {n: statistics.median(t / f for t, f in zip(s[1:], spent["pass"][1:])) for n, s in spent.items()}
 
 
 def main() -> None:
@@ -47,23 +38,22 @@ def main() -> None:
         def whole(model=model, some=some):
             model(some)
 
-        def early(layer: int, diffmask=diffmask, some=some):
-            return lambda: diffmask.explain(some, layer=layer, check=False, stop_early=True)
-
-        jobs = {"pass": whole, **{f"depth {k}": early(k) for k in gates}}
-        jobs |= {"mask": lambda d=diffmask, s=some: d.explain(s, check=False)}
+        mask = partial(diffmask.explain, some, check=False)
+        jobs = {f"depth {k}": partial(mask, layer=k, stop_early=True) for k in gates}
         jobs |= {
-            "rollout": lambda m=model, s=some: attention_rollout(m, s),
-            "Grad-CAM": lambda m=model, s=some: grad_cam(m, s),
+            "mask": mask,
+            "rollout": partial(attention_rollout, model, some),
+            "Grad-CAM": partial(grad_cam, model, some),
         }
-        table = pd.DataFrame({"cost": in_passes(jobs, wanted.rounds)})
+        cost = in_passes(whole, jobs, wanted.rounds)
+        table = pd.DataFrame({"cost": {name: statistics.median(found) for name, found in cost.items()}})
         for k in gates:
             shown = diffmask.explain(pictures, layer=k)
             for name, value in promise(shown, diffmask.config.eps).mean().items():
                 table.loc[f"depth {k}", name] = value
             fit = cut_to_fit(diffmask, pictures, scores=shown.scores)
             table.loc[f"depth {k}", "cut to fit, kept"] = fit.kept.mean().item()
-        print(task, table.drop(index="pass").round(3).to_string(), sep="\n", flush=True)
+        print(task, table.round(3).to_string(), sep="\n", flush=True)
         tables.append(table.assign(task=task).set_index("task", append=True).swaplevel())
     if wanted.table:
         wanted.table.parent.mkdir(parents=True, exist_ok=True)

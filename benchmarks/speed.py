@@ -3,9 +3,7 @@
     python benchmarks/speed.py            # ViT-B/16 at 224×224, batch 4, random weights (speed does not depend on them)
     python benchmarks/speed.py --size small --image_size 32 --patch_size 4 --batch_size 64 --methods all   # CIFAR-10's
 
-Every round times all of them in turn, each between two forward passes, by whose mean its time is divided: a drift of the
-machine's speed cancels. Medians over the rounds are printed; what takes dozens of passes, and averages over them by
-itself, gets three. The bounds are those of the project: at most 3.3 for a step (reference: 5.9), 1.15 for a mask
+Medians over the rounds of `in_passes` are printed. The bounds are those of the project: at most 3.3 for a step (reference: 5.9), 1.15 for a mask
 (reference: 2.2). Attention rollout and Grad-CAM stand beside them, or with `--methods all` every method that the notebooks
 compare.
 """
@@ -15,7 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +34,27 @@ def seconds(job: Callable[[], object]) -> float:
     start = time.process_time()
     job()
     return time.process_time() - start
+
+
+def in_passes(
+    forward: Callable[[], object], jobs: dict[str, Callable[[], object]], rounds: int, dear: Collection[str] = ()
+) -> dict[str, list[float]]:
+    """What each job costs in calls of `forward`, round by round, after one round that warms up.
+
+    Every round gives each job its turn between two forward passes, by whose mean its time is divided: a drift of the
+    machine's speed cancels. `dear` jobs, which average over dozens of passes by themselves, have three rounds.
+    """
+    ratios: dict[str, list[float]] = {name: [] for name in jobs}
+    for round_ in range(rounds + 1):
+        before = seconds(forward)
+        for name, job in jobs.items():
+            if name in dear and round_ not in (1, 2, 3):
+                continue
+            spent, after = seconds(job), seconds(forward)
+            if round_:
+                ratios[name].append(2 * spent / (before + after))
+            before = after
+    return ratios
 
 
 def main() -> None:
@@ -67,21 +86,9 @@ def main() -> None:
     mask = diffmask_method(diffmask)  # explain(check=False)
     methods = {"Vision DiffMask": mask, **(METHODS if wanted.methods == "all" else {n: METHODS[n] for n in FEW})}
     jobs = {"training step": step, **{name: partial(method, model, pixels) for name, method in methods.items()}}
-    forwards: list[float] = []
-    ratios: dict[str, list[float]] = {name: [] for name in jobs}
     dear = {name for name, method in methods.items() if sum(method.passes(model)) > 10}
-    for round_ in range(wanted.rounds + 1):
-        before = seconds(forward)
-        for name, job in jobs.items():
-            if name in dear and round_ not in (1, 2, 3):
-                continue
-            spent, after = seconds(job), seconds(forward)
-            if round_:  # the first round warms up
-                ratios[name].append(2 * spent / (before + after))
-                forwards.append(after)
-            before = after
-    print(f"{wanted.size}, {wanted.image_size}×{wanted.image_size}, batch {wanted.batch_size}: "
-          f"base forward {statistics.median(forwards):.3f} s")  # fmt: skip
+    ratios = in_passes(forward, jobs, wanted.rounds, dear)
+    print(f"{wanted.size}, {wanted.image_size}×{wanted.image_size}, batch {wanted.batch_size}")
     for name, found in ratios.items():
         print(f"{name:<22} {statistics.median(found):.2f} base forwards "
               f"(min {min(found):.2f}, max {max(found):.2f}{BOUNDS.get(name, '')})")  # fmt: skip
