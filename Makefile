@@ -71,6 +71,7 @@ benchmarks: setup  ## measure the README's tables again, into runs/; hours. Thos
 	$(BIN)/python benchmarks/oracle.py cifar10-count --table runs/oracle_cifar10.csv
 	$(BIN)/python benchmarks/counting.py cifar10-count --table runs/counting_cifar10.csv
 	$(BIN)/python benchmarks/orders.py cifar10 --table runs/orders_cifar10.csv
+	$(BIN)/python benchmarks/stability.py --table runs/stability_cifar10.csv
 
 clean:
 	rm -rf build runs .pytest_cache .ruff_cache

@@ -22,6 +22,7 @@ from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.errors import VDMError
 from vdm_utils.metrics import mass_accuracy, on_grid
 from vdm_utils.notebook import checkpoint
+from vdm_utils.sanity import placebo_leakage
 from vdm_utils.training import ClassifierSettings, DiffMaskSettings, evaluate_classifier
 from vdm_utils.vit import load_classifier
 
@@ -490,6 +491,7 @@ def test_truth_table_is_that_of_the_notebook():
 
 MASKS = [
     ("Digits", "digits", "digits", "test", 449),
+    ("Digits with holes", "digits-holes", "digits", "test", 449),
     ("Shapes", "shapes", "shapes", "test", 1000),
     ("Counting digits", "digits-count", "digits_QA", "test", 1000),
 ]
@@ -518,6 +520,42 @@ def test_shipped_masks_do_what_the_readme_says(title, task, data, split, picture
     for name, pattern in NUMBERS.items():
         told = re.search(pattern, flat(claim(title))).group(1)
         assert agrees(told, measured[name] * (1 if name == "kl" else 100)), (name, told, measured[name])
+
+
+def test_the_placebo_check_finds_what_is_told():
+    holes, sanity, loses = (flat(text) for text in (claim("Digits with holes"), claim("Sanity checks"), README))
+    told = {
+        ("digits", 400): [r"digit \*\*(\d\.\d+)\*\* more often", r"fails with (\d\.\d+)", r"allows 0.05 above chance, and finds (\d\.\d+)"],
+        ("digits-holes", 400): [r"read above chance: \*\*(\d\.\d+)\*\*", r"in place of a learned placeholder it finds (\d\.\d+)"],
+        ("shapes", 500): [r"passes narrowly \((\d\.\d+) on 500 pictures"],
+    }  # fmt: skip
+    for (task, count), patterns in told.items():
+        pixel_values = load_data(task.partition("-")[0], "test").batch(range(count))["pixel_values"]
+        check = placebo_leakage(VisionDiffMask.from_pretrained(checkpoint(task, "diffmask")), pixel_values)
+        assert check.passed == (task != "digits")
+        for pattern in patterns:
+            assert agrees(re.search(pattern, f"{holes} {sanity} {loses}").group(1), check.value), (task, check.value)
+
+
+def test_five_seeds_agree_as_the_table_says():
+    run = pd.read_csv(ROOT / "benchmarks" / "results" / "stability_cifar10.csv")
+    seeds, pairs = run[run["masks"].isna()], run.groupby("masks")
+    assert len(seeds) == 5 and set(pairs.size()) == {10}
+    masks, fit, scores = (
+        told for _, *told in rows(claim("CIFAR-10").partition("### Five seeds")[2].partition("###")[0])
+    )
+    mean = pairs[["IoU", "at random", "rank correlation"]].mean()
+    for told, way in ((masks, "as shown"), (fit, "cut to fit")):
+        assert agrees(told[0], mean.loc[way, "IoU"]) and agrees(told[1], mean.loc[way, "at random"])
+    assert agrees(scores[0], mean.loc["scores", "rank correlation"])
+    kept, kl = (
+        re.search(pattern, flat(claim("CIFAR-10"))).groups()
+        for pattern in (r"keep (\d+) to (\d+) % of a picture", r"mean KL of (\S+) to (\S+),")
+    )
+    for told, column, unit in ((kept, "kept", 100), (kl, "KL", 1)):
+        assert all(
+            agrees(number, unit * value) for number, value in zip(told, (seeds[column].min(), seeds[column].max()))
+        )
 
 
 def test_planted_faults_are_counted():

@@ -58,6 +58,15 @@ TASKS = {
         ],
         "diffmask": ["train --recipe quick --dataset digits --max_steps 1500 --seed 0"],
     },
+    # the same digits, but holes say nothing: the classifier learns to do without patches, and dropped ones become blank (notebook 07)
+    "digits-holes": {
+        "base": [
+            "train-base --dataset digits --lr 5e-4 --lr_schedule linear --warmup_steps 50 --weight_decay 0.05 --batch_size 32 "
+            "--add_shift --add_rotation --patch_masking 0.8 --num_epochs 100 --patience 100 --num_workers 0 --seed 1 "
+            "--from_pretrained data/checkpoints/digits/base"
+        ],
+        "diffmask": ["train --recipe quick --dataset digits --no_placeholder --max_steps 1500 --seed 0"],
+    },
     "shapes": {
         "base": [
             "train-base --dataset shapes --size tiny --mimetic_start --bf16 --lr 1e-3 --lr_schedule cosine --warmup_steps 200 "
