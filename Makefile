@@ -4,9 +4,11 @@ BIN := .venv/bin
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
 # an order of magnitude above the slowest cell: a hanging kernel fails within minutes, not hours
 CELL_TIMEOUT := 600
-# files of tests, or notebooks, at a time: a file stays in one process, which computes on one thread
+# files of tests, or notebooks, at a time, each in a process that computes on one thread: two threads that wait for one another
+# make a small model no faster, and on a machine that does something else, many times slower
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+ONE := OMP_NUM_THREADS=1
+PYTEST := $(ONE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup run lab test lint unit nbval planted colab first-hour checkpoints benchmarks clean
 
@@ -19,7 +21,7 @@ setup: .venv/installed
 	@touch $@
 
 run: setup  ## execute every notebook and write build/*.ipynb, build/*.html and build/index.html
-	$(BIN)/python tools/pages.py --output_dir build --timeout $(CELL_TIMEOUT) $(NOTEBOOKS)
+	$(ONE) $(BIN)/python tools/pages.py --workers $(WORKERS) --output_dir build --timeout $(CELL_TIMEOUT) $(NOTEBOOKS)
 
 lab: setup  ## open JupyterLab on the first notebook
 	$(BIN)/jupyter lab notebooks/01_toy_data.ipynb

@@ -14,12 +14,15 @@ import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
+import torch
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from test_notebooks import NOTEBOOKS, ROOT, code_cells, names_used_and_made, read, tagged
 
 from vdm_utils.hints import where_made
+from vdm_utils.notebook import busy_cores, start
 
 FAST = ["01_toy_data", "03_gates_and_hard_concrete"]
 SLOW = pytest.mark.skipif(not os.environ.get("VDM_SLOW"), reason="takes minutes: set VDM_SLOW=1")
@@ -56,9 +59,40 @@ def surroundings(folder, threads):
     startup.write_text(f"__import__('torch').set_num_threads({threads})")
     kept = {name: value for name, value in os.environ.items() if not name.startswith("VDM_")}
     kept |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "IPYTHONDIR": str(startup.parent.parent.parent)}
+    kept["OMP_NUM_THREADS"] = str(threads)  # with a number asked for, `start` leaves it alone on a busy machine
     kept |= {"OMP_WAIT_POLICY": "PASSIVE"}  # more threads than cores must not spin
     closed = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9")
     return kept | closed | {"NO_PROXY": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "no cache")}
+
+
+def test_a_notebook_leaves_busy_cores_alone(monkeypatch):
+    """Beside another program a second thread made notebook 02 ten times as slow, and one did not."""
+    threads = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    try:
+        for busy, left in ((0, 4), (3, 1), (9, 1)):
+            torch.set_num_threads(4)
+            monkeypatch.setattr("vdm_utils.notebook.busy_cores", lambda busy=busy: busy)
+            start()
+            assert torch.get_num_threads() == left
+        torch.set_num_threads(4)
+        monkeypatch.setenv("OMP_NUM_THREADS", "4")  # whoever asks for a number gets it
+        start()
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_busy_cores_are_counted():
+    cores = psutil.cpu_count()
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores)]
+    try:
+        time.sleep(0.5)  # until they run
+        assert busy_cores(seconds=1) == cores
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 def answer(printed):

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -55,33 +56,44 @@ def _mathml(found: re.Match) -> str:
     return convert(found["block"] or found["inline"], display="block" if block else "inline").replace("*", "&#42;")
 
 
+def execute(path: Path, timeout: int) -> tuple[nbformat.NotebookNode, float]:
+    """The notebook with the outputs of a fresh kernel, and the seconds that took; raises `CellExecutionError`."""
+    notebook, start = nbformat.read(path, as_version=4), time.perf_counter()
+    place = {"metadata": {"path": str(path.parent)}}
+    quiet = ["--IPKernelApp.log_level=ERROR"]  # newer kernels warn of their own transport, once per notebook
+    NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources=place, extra_arguments=quiet).execute()
+    return notebook, time.perf_counter() - start
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("notebooks", nargs="+", type=Path)
     parser.add_argument("--output_dir", type=Path, default=Path("build"))
     parser.add_argument("--timeout", type=int, default=600, help="seconds a cell may take")
+    parser.add_argument("--workers", type=int, default=1, help="notebooks at a time")
     wanted = parser.parse_args()
     wanted.output_dir.mkdir(parents=True, exist_ok=True)
     # kernels must come from the environment that runs this script, activated or not
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     items = []
-    for path in wanted.notebooks:
-        notebook, start = nbformat.read(path, as_version=4), time.perf_counter()
-        place = {"metadata": {"path": str(path.parent)}}
-        try:
-            NotebookClient(notebook, timeout=wanted.timeout, kernel_name="python3", resources=place).execute()
-        except CellExecutionError as error:
-            print(f"{path.name}: FAILED\n{error}", file=sys.stderr)
-            return 1
-        heading, promise = title_and_promise(notebook)
-        nbformat.write(notebook, wanted.output_dir / path.name)
-        page = wanted.output_dir / path.with_suffix(".html").name
-        # the widgets' scripts are looked for on the web; without a network the page still reads
-        page.write_text(HTMLExporter().from_notebook_node(with_mathml(notebook))[0], encoding="utf-8")
-        items.append(
-            f'<li><a href="{page.name}">{html.escape(heading)}</a><br><small>{html.escape(promise)}</small></li>'
-        )
-        print(f"{path.name}: {time.perf_counter() - start:.0f} s", flush=True)
+    with ThreadPoolExecutor(wanted.workers) as workers:
+        running = [workers.submit(execute, path, wanted.timeout) for path in wanted.notebooks]
+        for path, run in zip(wanted.notebooks, running):
+            try:
+                notebook, seconds = run.result()
+            except CellExecutionError as error:
+                print(f"{path.name}: FAILED\n{error}", file=sys.stderr)
+                workers.shutdown(wait=False, cancel_futures=True)
+                return 1
+            heading, promise = title_and_promise(notebook)
+            nbformat.write(notebook, wanted.output_dir / path.name)
+            page = wanted.output_dir / path.with_suffix(".html").name
+            # the widgets' scripts are looked for on the web; without a network the page still reads
+            page.write_text(HTMLExporter().from_notebook_node(with_mathml(notebook))[0], encoding="utf-8")
+            items.append(
+                f'<li><a href="{page.name}">{html.escape(heading)}</a><br><small>{html.escape(promise)}</small></li>'
+            )
+            print(f"{path.name}: {seconds:.0f} s", flush=True)
     index = wanted.output_dir / "index.html"
     index.write_text(INDEX.format(items="\n".join(items)), encoding="utf-8")
     print(f"open {index}")

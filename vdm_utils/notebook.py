@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
@@ -98,18 +99,29 @@ PROFILES = {
 def start(seed: int = 0) -> Profile:
     """Quiet libraries, seeded generators, and the profile named by `$VDM_PROFILE` (quick by default).
 
-    Under IPython, a name that is not defined is from now on explained by the cell that makes it.
+    Computes on as many threads as there are idle cores, unless `$OMP_NUM_THREADS` says how many. Under IPython, a name that is
+    not defined is from now on explained by the cell that makes it.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     torch.set_printoptions(precision=3, sci_mode=False)
     set_seed(seed)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() - busy_cores()))
     name = os.environ.get("VDM_PROFILE", "quick")
     if name not in PROFILES:
         raise unknown_name("profile", name, PROFILES, "$VDM_PROFILE")
     if "IPython" in sys.modules and (shell := sys.modules["IPython"].get_ipython()):
         load_ipython_extension(shell, setup=linecache.getlines(sys._getframe(1).f_code.co_filename))  # the calling cell
     return PROFILES[name]
+
+
+def busy_cores(seconds: float = 0.2) -> int:
+    """On how many cores something computes just now, measured for so many seconds.
+
+    Threads that share a core with another program make those that wait for them spin: notebook 02 took ten times as long.
+    """
+    return round(psutil.cpu_percent(seconds) / 100 * psutil.cpu_count())
 
 
 def checkpoint(task: str, part: str) -> str:
