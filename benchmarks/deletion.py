@@ -31,6 +31,7 @@ MEASURES, DIRECTIONS = {"probability": "acc", "kl": "KL"}, {"important first": "
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=DATASETS)
+    parser.add_argument("--part", default="diffmask", help="which DiffMask of the task, as diffmask-ranks")
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--refine", type=int, default=0, help="steps of every search of a refinement; 0: not measured")
     parser.add_argument("--dial", action="store_true", help="also the order that all ε together give")
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="CSV to write; …_pictures.csv and …_paired.csv go beside it")
     wanted = parser.parse_args()
     transformers_logging.disable_progress_bar()
-    diffmask, chosen, batch = shipped(wanted.task, wanted.images)
+    diffmask, chosen, batch = shipped(wanted.task, wanted.images, wanted.part)
     pictures, labels = batch["pixel_values"], batch["labels"]
     parts = pictures.split(100)
     shown = {"DiffMask": [diffmask.explain(part) for part in parts]}

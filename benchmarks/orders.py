@@ -1,13 +1,14 @@
 """Is there a rule for these masks? `python benchmarks/orders.py cifar10`, and `shapes`.
 
 A gate network is one rule for all pictures. What would simple rules cost? The best 30, 50 and 70 % of the patches of 500 test
-pictures are kept, by several orders, some of which never look at the picture (every other patch, from the centre out). KL in
-nats, and the share of pictures with KL ≤ ε and with the same class, under the fill of the DiffMask that ships.
+pictures are kept, by several orders, some of which never look at the picture (every other patch, from the centre out), and one
+that looks at it without asking what matters (kernel herding: those patches first that stand best for all). KL in nats, and the
+share of pictures with KL ≤ ε and with the same class, under the fill of the DiffMask that ships.
 
 How many are needed differs from picture to picture. "cut to fit" asks the classifier: of 16 sizes the smallest that keeps both
 promises (`refine.cut_to_fit`). "by entropy" only looks at how unsure the answer on the whole picture is: for every tenth of
 the validation pictures, in the order of that entropy, the smallest size that keeps both promises on 85 % of them. The last
-row shows the masks of the DiffMask as they are.
+rows show the masks of the DiffMask as they are, and of the one whose gates see ranks, where one ships.
 """
 
 from __future__ import annotations
@@ -25,12 +26,15 @@ from vdm_utils.attributions import METHODS
 from vdm_utils.data import load_data
 from vdm_utils.diffmask import Explanation, VisionDiffMask
 from vdm_utils.explorers import with_mask
+from vdm_utils.gates import herding_ranks
 from vdm_utils.metrics import top_patches
+from vdm_utils.notebook import CHECKPOINTS
 from vdm_utils.objective import kl_divergence
 from vdm_utils.refine import cut_to_fit, promise_held
 
 SHARES = torch.arange(1, 17) / 16
 BINS, ENOUGH = 10, 0.85
+HERDING_LAYER = 2  # the state after the first layer
 
 
 def fixed_orders(count: int, rows: int, cols: int) -> dict[str, torch.Tensor]:
@@ -95,8 +99,14 @@ def main() -> None:
         scores = {name: list(order.split(100)) for name, order in scores.items()}
         for name in ("Attention rollout", "Grad-CAM"):
             scores[name] = [METHODS[name](diffmask.base, part) for part in pictures]
+        states = [diffmask.view.encode(part, HERDING_LAYER).hidden[HERDING_LAYER] for part in pictures]
+        scores["kernel herding"] = [herding_ranks(state).unflatten(-1, diffmask.view.grid) for state in states]
+        for name, one in ranked.items():
+            scores[name] = [one.explain(part, check=False).scores for part in pictures]
         return scores | {"Vision DiffMask": [one.scores for one in seen]}
 
+    folder = CHECKPOINTS / wanted.task / "diffmask-ranks"
+    ranked = {"with ranks": VisionDiffMask.from_pretrained(folder, base=diffmask.base)} if folder.is_dir() else {}
     shown, known = ([diffmask.explain(part) for part in pictures] for pictures in (parts, unseen))
     entropy, asked = (torch.cat([Categorical(logits=e.logits).entropy() for e in seen]) for seen in (known, shown))
     learned_from = all_scores(unseen, known)
@@ -111,6 +121,8 @@ def main() -> None:
         note(name, "cut to fit", [cut_to_fit(diffmask, part, scores=scores) for part, scores in zip(parts, order)])
         before = torch.cat([promises_kept(diffmask, *three) for three in zip(unseen, known, learned_from[name])])
         cut("by entropy", size_by_entropy(entropy, before, asked))
+    for name, one in ranked.items():
+        note(name, "as shown", [one.explain(part) for part in parts])
     note("Vision DiffMask", "as shown", shown)
     if wanted.table:
         pd.DataFrame.from_dict(rows, orient="index").rename_axis(["order", "patches"]).to_csv(

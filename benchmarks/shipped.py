@@ -12,11 +12,11 @@ from vdm_utils.notebook import checkpoint
 DATASETS = {"cifar10": "CIFAR10", "shapes": "shapes", "digits": "digits"}
 
 
-def shipped(task: str, count: int) -> tuple[VisionDiffMask, list[int], dict[str, torch.Tensor]]:
-    """The DiffMask of a task, the indices of `count` test pictures spread over the classes, and their batch."""
+def shipped(task: str, count: int, part: str = "diffmask") -> tuple[VisionDiffMask, list[int], dict[str, torch.Tensor]]:
+    """A DiffMask of a task, the indices of `count` test pictures spread over the classes, and their batch."""
     data = load_data(DATASETS[task], "test")
     chosen = torch.linspace(0, len(data) - 1, min(count, len(data))).long().tolist()
-    return VisionDiffMask.from_pretrained(checkpoint(task, "diffmask")), chosen, data.batch(chosen)
+    return VisionDiffMask.from_pretrained(checkpoint(task, part)), chosen, data.batch(chosen)
 
 
 def promise(shown: Explanation, eps: float) -> pd.DataFrame:

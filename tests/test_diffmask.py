@@ -12,7 +12,7 @@ from torch.nn.functional import kl_div
 
 from vdm_utils.diffmask import VisionDiffMask, VisionDiffMaskConfig
 from vdm_utils.errors import VDMError
-from vdm_utils.gates import HardConcrete
+from vdm_utils.gates import RANK_START, HardConcrete
 from vdm_utils.refine import refine
 from vdm_utils.vit import build_classifier, fingerprint, load_classifier
 
@@ -21,7 +21,7 @@ GATES = dict(add_activation=0.0, mul_activation=3.0, normalize=True)
 OTHER = {  # a value that differs from the default for every setting of the config
     "eps": 0.05, "kl_quantile": 0.9, "mul_activation": 6.0, "add_activation": 2.0, "temperature": 0.5, "low": -0.1,
     "high": 1.1, "normalize": True, "zero_start": True, "no_placeholder": True, "alpha": 10.0, "alpha_min": 1.0,
-    "alpha_max": 50.0, "log_multiplier": True,
+    "alpha_max": 50.0, "log_multiplier": True, "herding_layer": 2,
 }  # fmt: skip
 
 
@@ -306,7 +306,9 @@ def test_every_setting_survives_a_checkpoint(base, tmp_path, name):
 def test_settings_reach_the_gates(base):
     diffmask = VisionDiffMask.for_classifier(base, **OTHER | {"zero_start": True})
     gate = diffmask.gates[3]
-    assert (gate.mul, gate.add, gate.normalize, gate.outer.weight.abs().sum().item()) == (6.0, 2.0, True, 0.0)
+    *others, rank = gate.outer.weight[0].tolist()
+    assert (gate.mul, gate.add, gate.normalize, set(others), rank) == (6.0, 2.0, True, {0.0}, RANK_START)
+    assert [gate.outer.in_features - gate.inner.out_features for gate in diffmask.gates] == [0, 0, 1, 1, 1, 1]
     assert diffmask.multiplier.log_space and diffmask.multiplier.bounds == pytest.approx((0, 3.912), abs=1e-3)
     votes = diffmask.votes(diffmask.view.encode(torch.zeros(1, 3, 12, 12)))
     assert (votes.temperature, votes.low, votes.high) == (0.5, -0.1, 1.1) and votes.batch_shape == (1, 6, 9)

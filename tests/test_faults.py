@@ -542,6 +542,10 @@ SETTINGS = {
     "huge alpha": {"alpha": 1e9},
     "alpha below its floor": {"alpha_min": 30.0},
     "infinite ceiling": {"alpha_max": math.inf},
+    "a rank before there is a state": {"herding_layer": -2},
+    "ranks of a layer that is not there": {"herding_layer": 6},
+    "half a layer": {"herding_layer": 1.5},
+    "a switch for a layer": {"herding_layer": True},
 }
 
 

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from vdm_utils.gates import GateNetwork, HardConcrete, combine_votes, hard_concrete_sample, log_alphas, prob_nonzero
+from vdm_utils.gates import (
+    GateNetwork,
+    HardConcrete,
+    combine_votes,
+    hard_concrete_sample,
+    herding_ranks,
+    log_alphas,
+    prob_nonzero,
+)
 
 SAMPLES = 100_000
 GATES = [  # log_alpha, temperature, low, high
@@ -146,6 +154,60 @@ def test_gates_together_say_what_each_says_alone(normalize):
     together = log_alphas(gates, embeddings, hidden)
     for gate, states, found in zip(gates, hidden, together, strict=True):
         assert torch.allclose(found, gate(embeddings, states), atol=1e-5) and found.std() > 0.1
+
+
+# ---------------------------------------------------------------- ranks
+
+
+def test_every_patch_taken_brings_the_taken_ones_nearest_to_the_whole():
+    """Against maximum mean discrepancy written out: of all patches that are left, none would come nearer."""
+    states = torch.randn(3, 12, 8)
+    ranks = herding_ranks(5 * states + 1)  # scale and offset do not count
+    normal = torch.nn.functional.layer_norm(states, (8,)).double()
+    for picture, order in zip(normal, ranks.argsort(1, descending=True).tolist(), strict=True):
+        distances = torch.cdist(picture, picture).square()
+        kernel = torch.exp(-distances / distances.median())
+
+        def discrepancy(chosen, kernel=kernel):
+            return kernel.mean() - 2 * kernel[chosen].mean() + kernel[chosen][:, chosen].mean()
+
+        for n in range(12):
+            possible = [discrepancy([*order[:n], other]) for other in order[n:]]
+            assert possible[0] == pytest.approx(min(possible).item(), abs=1e-6)
+        assert discrepancy(order).abs() < 1e-12 < discrepancy(order[:6])
+
+
+def test_ranks_number_the_patches_of_each_picture():
+    states = torch.randn(2, 9, 8)
+    ranks = herding_ranks(states)
+    assert torch.allclose(ranks.sort(1).values, torch.linspace(-1, 1, 9).expand(2, 9), atol=1e-6)
+    moved = torch.randperm(9)
+    assert torch.equal(herding_ranks(states[:, moved]), ranks[:, moved])
+    assert torch.equal(herding_ranks(states[1:]), ranks[1:])
+
+
+def test_one_of_every_kind_comes_before_a_second_one():
+    kinds = torch.randn(3, 16)
+    states = kinds[torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])] + 0.01 * torch.randn(9, 16)
+    first = herding_ranks(states[None])[0].topk(3).indices
+    assert sorted((first // 3).tolist()) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("states", [torch.zeros(2, 9, 8), torch.ones(1, 1, 8), torch.randn(1, 2, 8)])
+def test_patches_that_cannot_be_told_apart_have_ranks_too(states):
+    count = states.shape[1]
+    wanted = torch.linspace(-1, 1, count) if count > 1 else torch.ones(1)
+    assert torch.allclose(herding_ranks(states).sort(1).values, wanted.expand(len(states), count), atol=1e-6)
+
+
+def test_a_ranked_gate_keeps_what_stands_for_others():
+    gate = GateNetwork(8, 15.0, 2.0, True, True, ranked=True)
+    with torch.no_grad():
+        gate.outer.weight[0, -1] = 1  # the last input of the last layer
+    states, ranks = torch.randn(2, 9, 8), torch.linspace(-1, 1, 9).expand(2, 9)
+    log_alpha = gate(states, states, ranks)
+    assert torch.allclose(log_alpha, 15 * torch.tanh(ranks) + 2)
+    assert torch.allclose(log_alphas([gate], states, [states], ranks)[0], log_alpha, atol=1e-5)
 
 
 def test_zero_start_begins_at_add_and_can_leave_it():

@@ -121,6 +121,7 @@ def test_the_short_table_of_masks_says_what_the_long_ones_do():
     assert "mean KL is {}, KL ≤ ε on {} %, the same count on {} %".format(*told) in text
     long = {name: told for name, *told in rows(claim("CIFAR-10")) if len(told) == 6}
     ways = {"gate networks alone": "DiffMask", "cut to fit": "DiffMask, cut to fit", "refined": "DiffMask, refined"}
+    ways |= {"with ranks": "DiffMask, with ranks", "with ranks, cut to fit": "DiffMask, with ranks, cut to fit"}
     for ours, theirs in ways.items():
         told = [round(percent(cell), 3) for cell in short[f"CIFAR-10, {ours}"][1:5]]
         assert told == list(map(float, long[theirs][2:])), ours
@@ -219,11 +220,16 @@ def test_deletion_tables_are_those_of_the_runs():
         assert agrees(first, run["acc first"]) and agrees(last, run["acc last"]), name
     cifar = pd.read_csv(ROOT / "benchmarks" / "results" / "deletion_cifar10.csv", index_col="method")
     pictures = pd.read_csv(ROOT / "benchmarks" / "results" / "deletion_cifar10_pictures.csv")
+    ranked = ROOT / "benchmarks" / "results" / "deletion_cifar10_ranks.csv"
+    cifar.loc["DiffMask, with ranks"] = pd.read_csv(ranked, index_col="method").loc["DiffMask"]
+    seen = pd.read_csv(ranked.with_stem(f"{ranked.stem}_pictures"))
+    seen["method"] = seen["method"].str.replace("DiffMask", "DiffMask, with ranks")
+    pictures = pd.concat([pictures, seen])
     facts = pictures.groupby("method")[["kept", "KL", "KL ≤ ε", "same class"]].mean()
     table = [row for row in rows(claim("CIFAR-10")) if len(row) == 7]
-    assert len(table) == 6
+    assert len(table) == 8
     for name, first, last, *told in table:
-        if name == "DiffMask, cut to fit":  # its order is that of DiffMask
+        if name.endswith(", cut to fit"):  # its order is that of the DiffMask
             assert first == last == ""
         else:
             run = cifar.loc[names.get(name, name)]
@@ -318,16 +324,26 @@ def test_rules_for_half_of_the_patches_cost_what_the_readme_says():
         "the half that rollout likes best": "Attention rollout",
         "from the centre out": "from the centre out",
         "the half that DiffMask likes best": "Vision DiffMask",
+        "those that stand best for all": "kernel herding",
+        "the half that gates with ranks like best": "with ranks",
     }
     table = {name: told for name, *told in rows(claim("CIFAR-10")) if name in names}
     assert set(table) == set(names)
     for name, told in table.items():
         for place, cell in zip(half.values(), told):
+            if names[name] not in place.index:  # there are gates with ranks for CIFAR-10 only
+                assert not cell
+                continue
             kl, feasible = cell.replace("*", "").split(", ")
             assert agrees(kl, place.loc[names[name], "KL"]) and agrees(feasible, place.loc[names[name], "KL ≤ ε"]), name
-    assert (
-        half["cifar10"]["KL"].idxmin() == "every other patch" and half["shapes"]["KL"].idxmin() == "Attention rollout"
-    )
+    cheapest = half["cifar10"]["KL"].sort_values().index
+    assert {*cheapest[:3]} == {"every other patch", "kernel herding", "with ranks"}
+    shares = runs["cifar10"].set_index(["order", "patches"])["KL"]
+    told = re.search(r"its 30 and 70 % cost (\S+) and (\S+) nats.* cost (\S+) and (\S+), and", flat(claim("CIFAR-10")))
+    measured = [shares[order, share] for order in ("kernel herding", "every other patch") for share in ("30%", "70%")]
+    assert all(map(agrees, told.groups(), measured))
+    assert measured[0] < measured[2] and measured[1] < measured[3]
+    assert half["shapes"]["KL"].idxmin() == "Attention rollout"
 
 
 def test_sizes_of_masks_are_those_of_the_runs():
@@ -338,24 +354,33 @@ def test_sizes_of_masks_are_those_of_the_runs():
         "random patches": "random",
         "rollout's order": "Attention rollout",
     }
-    orders |= {"DiffMask's order": "Vision DiffMask", "DiffMask": "Vision DiffMask"}
+    orders |= {"DiffMask's order": "Vision DiffMask", "DiffMask": "Vision DiffMask", "with ranks": "with ranks"}
+    orders["kernel herding"] = "kernel herding"
     sizes = {"cut to fit": "cut to fit", "size by entropy": "by entropy", "as shown": "as shown"}
     table = [row for row in rows(claim("CIFAR-10")) if len(row) == 3 and row[0].partition(", ")[2] in sizes]
-    assert len(table) == 7
+    assert len(table) == 11
     for name, *told in table:
         order, _, size = name.partition(", ")
         for run, cell in zip(runs, told, strict=True):
+            if orders[order] not in run.index:
+                assert not cell
+                continue
             measured = run.loc[(orders[order], sizes[size]), ["kept", "KL ≤ ε", "same class"]]
             assert all(map(agrees, cell.split(", "), measured)), name
     photos, shapes = runs
     rule, mask = photos.loc[("every other patch", "by entropy")], photos.loc[("Vision DiffMask", "as shown")]
     assert rule["kept"] < mask["kept"] and rule["KL ≤ ε"] > mask["KL ≤ ε"] and rule["same class"] > mask["same class"]
     needed = photos.xs("cut to fit", level="patches")["kept"].sort_values()
-    assert list(needed.index[:2]) == ["every other patch", "random"]
+    assert {*needed.index[:2]} == {"kernel herding", "with ranks"}
+    assert list(needed.index[2:4]) == ["every other patch", "random"]
     told = re.search(
         r"keep (\d+) % of a picture.* random patches keep (\d+) %, and a chessboard (\d+) %", flat(claim("CIFAR-10"))
     )
-    assert all(map(agrees, told.groups(), 100 * torch.tensor([mask["kept"], *needed[:2].iloc[::-1]])))
+    assert all(
+        map(agrees, told.groups(), 100 * torch.tensor([mask["kept"], needed["random"], needed["every other patch"]]))
+    )
+    seen = photos.loc[("with ranks", "as shown")]
+    assert seen["kept"] < 0.65 * mask["kept"] and seen["KL ≤ ε"] > mask["KL ≤ ε"] - 0.03
     assert shapes.loc[("Vision DiffMask", "as shown"), "kept"] < shapes.xs("by entropy", level="patches")["kept"].min()
 
 

@@ -120,6 +120,10 @@ TASKS = {
             f"{PHOTOS} --max_steps 1500 --seed 0",
             f"{PHOTOS} --max_steps 200 --lr 1e-3 --alpha 6 --lr_alpha 0.01 --seed 0 --start_from {{runs}}/cifar10/diffmask-0",
         ],
+        # gates that also see how well a patch stands for the others
+        "diffmask-ranks": [
+            f"{PHOTOS} --herding_layer 2 --kl_quantile 0.85 --lr 2e-4 --alpha 3 --lr_alpha 0.01 --max_steps 800 --seed 0"
+        ],
         # the dial of notebook 05
         "diffmask-eps-0.03": [f"{PHOTOS} --max_steps 1500 --seed 0 --eps 0.03"],
         "diffmask-eps-0.3": [f"{PHOTOS} --max_steps 1500 --seed 0 --eps 0.3"],

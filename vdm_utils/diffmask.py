@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from vdm_utils.checkpoints import load_saved, refuse_misfits, save_classifier, write_checksums
 from vdm_utils.errors import VDMError
-from vdm_utils.gates import GateNetwork, HardConcrete, combine_votes, log_alphas
+from vdm_utils.gates import GateNetwork, HardConcrete, combine_votes, herding_ranks, log_alphas
 from vdm_utils.objective import Multiplier, expected_l0, kl_divergence, lagrangian, mask_embeddings
 from vdm_utils.vit import PatchStates, PatchView, fingerprint, load_classifier
 
@@ -31,6 +31,7 @@ class VisionDiffMaskConfig(PreTrainedConfig):
         mul_activation, add_activation: log_alpha = mul · tanh(·) + add.
         temperature, low, high: of the hard concrete distribution.
         normalize, zero_start: LayerNorm on gate inputs; last gate layer starts at zero, so every gate starts at `add`.
+        herding_layer: gates that look at this state or a later one also see each patch's rank in it (`herding_ranks`); −1: none do.
         no_placeholder: replace by zeros instead of a learned vector.
         alpha, alpha_min, alpha_max, log_multiplier: start and bounds of the multipliers, and whether ρ = log α is learned.
         base_name_or_path, base_fingerprint: which classifier this explains; a path is relative to the saved folder.
@@ -49,6 +50,7 @@ class VisionDiffMaskConfig(PreTrainedConfig):
     high: float = 1.0
     normalize: bool = False
     zero_start: bool = False
+    herding_layer: int = -1
     no_placeholder: bool = False
     alpha: float = 20.0
     alpha_min: float = 0.0
@@ -73,6 +75,8 @@ def check_numbers(config: VisionDiffMaskConfig, where: str) -> None:
         ("temperature", config.temperature > 0, "a positive number"),
         ("low", config.low < 0, "a negative number"),
         ("high", config.high >= 1, "at least 1"),
+        ("herding_layer", type(config.herding_layer) is int and -1 <= config.herding_layer < config.num_gates,
+         f"a state from 0 to {config.num_gates - 1}, or -1"),
         ("alpha", lowest <= config.alpha_min <= config.alpha <= config.alpha_max,
          f"{lowest} <= alpha_min <= alpha <= alpha_max"),
     ):  # fmt: skip
@@ -129,7 +133,8 @@ class VisionDiffMask(PreTrainedModel):
         super().__init__(config)
         d, activation = config.hidden_size, (config.mul_activation, config.add_activation)
         self.gates = nn.ModuleList(
-            GateNetwork(d, *activation, config.normalize, config.zero_start) for _ in range(config.num_gates)
+            GateNetwork(d, *activation, config.normalize, config.zero_start, ranked=0 <= config.herding_layer <= k)
+            for k in range(config.num_gates)
         )
         self.placeholder = None
         if not config.no_placeholder:
@@ -220,7 +225,8 @@ class VisionDiffMask(PreTrainedModel):
         # under autocast the noise would be drawn in bfloat16 too, and end at ±4.8: gates beyond it would never flip, nor learn
         with torch.autocast(states.embeddings.device.type, enabled=False):
             hidden = [state.to(dtype) for state in states.hidden[: last + 1]]
-            log_alpha = log_alphas(self.gates[: last + 1], states.embeddings.to(dtype), hidden)
+            ranks = herding_ranks(hidden[self.config.herding_layer]) if self.gates[last].ranked else None
+            log_alpha = log_alphas(self.gates[: last + 1], states.embeddings.to(dtype), hidden, ranks)
         return HardConcrete(torch.stack(log_alpha, dim=1), self.config.temperature, self.config.low, self.config.high)
 
     def masked_logits(self, pixel_values: torch.Tensor, states: PatchStates, mask: torch.Tensor) -> torch.Tensor:

@@ -104,6 +104,11 @@ def prob_nonzero(
     return torch.sigmoid(log_alpha - temperature * math.log(-low / high))
 
 
+# how much a gate listens to ranks before training. Without a start it does not learn to: what an order is worth shows only when
+# most patches follow it
+RANK_START = 1.0
+
+
 class GateNetwork(nn.Module):
     """g_k([h_0; h_k]) → log_alpha: a two-layer perceptron 2d → d/4 → 1 (Vision DiffMask, section 3).
 
@@ -113,33 +118,46 @@ class GateNetwork(nn.Module):
         normalize: LayerNorm without weights on each input. The embeddings of a trained ViT have norm 24–60: without
             it the inner tanh is saturated before training starts.
         zero_start: the last layer starts at zero, so that every gate starts at log_alpha = add, wherever it looks.
+        ranked: the last layer also sees the rank of the patch (`herding_ranks`).
     """
 
-    def __init__(self, hidden_size: int, mul: float, add: float, normalize: bool, zero_start: bool):
+    def __init__(
+        self, hidden_size: int, mul: float, add: float, normalize: bool, zero_start: bool, ranked: bool = False
+    ):
         super().__init__()
-        self.mul, self.add, self.normalize = mul, add, normalize
+        self.mul, self.add, self.normalize, self.ranked = mul, add, normalize, ranked
         self.inner = nn.Linear(2 * hidden_size, max(1, hidden_size // 4))
-        self.outer = nn.Linear(max(1, hidden_size // 4), 1)
+        self.outer = nn.Linear(max(1, hidden_size // 4) + ranked, 1)
         if zero_start:
             nn.init.zeros_(self.outer.weight)
             nn.init.zeros_(self.outer.bias)
+        if ranked:
+            nn.init.constant_(self.outer.weight[:, -1], RANK_START)
 
     def prepare(self, states: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, N, d] as this network takes them: it has no weights here, so gates can share the work."""
         return F.layer_norm(states, states.shape[-1:]) if self.normalize else states
 
-    def forward(self, embeddings: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """`embeddings` h_0 and `hidden` h_k, both [B, N, d] → log_alpha [B, N]."""
+    def forward(
+        self, embeddings: torch.Tensor, hidden: torch.Tensor, ranks: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`embeddings` h_0 and `hidden` h_k, both [B, N, d], and `ranks` [B, N] if they count → log_alpha [B, N]."""
         seen = torch.cat([self.prepare(embeddings), self.prepare(hidden)], dim=-1)  # [B, N, 2d]
-        return self.vote(self.inner(seen))
+        return self.vote(self.inner(seen), ranks)
 
-    def vote(self, inner: torch.Tensor) -> torch.Tensor:
+    def vote(self, inner: torch.Tensor, ranks: torch.Tensor | None = None) -> torch.Tensor:
         """From what the first layer makes of both inputs, [B, N, d/4], to log_alpha [B, N]."""
-        return self.mul * torch.tanh(self.outer(torch.tanh(inner)).squeeze(-1)) + self.add
+        seen = torch.tanh(inner)
+        if self.ranked:
+            seen = torch.cat([seen, ranks[..., None].to(seen.dtype)], dim=-1)
+        return self.mul * torch.tanh(self.outer(seen).squeeze(-1)) + self.add
 
 
 def log_alphas(
-    gates: Sequence[GateNetwork], embeddings: torch.Tensor, hidden: Sequence[torch.Tensor]
+    gates: Sequence[GateNetwork],
+    embeddings: torch.Tensor,
+    hidden: Sequence[torch.Tensor],
+    ranks: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """What gates say that look at the same h_0 (`embeddings`) and each at its own state: log_alpha [B, N] per gate.
 
@@ -150,7 +168,33 @@ def log_alphas(
     bias = torch.cat([gate.inner.bias for gate in gates])
     of_first = F.linear(gates[0].prepare(embeddings), to_first, bias).chunk(len(gates), dim=-1)
     each = zip(gates, of_first, hidden)
-    return [gate.vote(own + F.linear(gate.prepare(states), gate.inner.weight[:, d:])) for gate, own, states in each]
+    return [gate.vote(own + F.linear(gate.prepare(h), gate.inner.weight[:, d:]), ranks) for gate, own, h in each]
+
+
+def herding_ranks(states: torch.Tensor) -> torch.Tensor:
+    """Which patches stand best for all: hidden states [B, N, d] → ranks [B, N], from 1 (taken first) down to −1.
+
+    Kernel herding (Chen, Welling and Smola 2010, arXiv 1203.3472): again and again the patch is taken that is most like the whole
+    picture, and least like those that were taken. With this kernel each of them brings the patches so far as near to the
+    whole as one patch can, in maximum mean discrepancy (how Kim et al. 2016 choose prototypes). Gaussian kernel on
+    normalised states; its bandwidth is the median squared distance in the picture.
+
+    A gate votes on one patch and cannot know which others will stay. Ranks tell it how well it can be spared.
+    """
+    count = states.shape[1]
+    states = F.layer_norm(states, states.shape[-1:])
+    gram = states @ states.transpose(1, 2)  # [B, N, N]; the squared norms are its diagonal
+    norms = gram.diagonal(dim1=1, dim2=2)
+    distances = (norms[:, :, None] + norms[:, None] - 2 * gram).clamp(min=0)
+    kernel = torch.exp(-distances / distances.flatten(1).median(1).values.clamp(min=1e-6)[:, None, None])
+    to_all, to_taken = kernel.mean(2), torch.zeros_like(norms)  # [B, N]
+    ranks, pictures = torch.ones_like(norms), torch.arange(len(states), device=states.device)
+    for taken in range(1, count + 1):
+        best = (to_all - to_taken / taken).argmax(1)  # [B]
+        ranks[pictures, best] -= 2 * (taken - 1) / max(1, count - 1)
+        to_taken = to_taken + kernel[pictures, best]
+        to_all[pictures, best] = -math.inf  # not twice
+    return ranks
 
 
 def combine_votes(log_prob: torch.Tensor, aggregated: bool = True) -> torch.Tensor:

@@ -168,6 +168,9 @@ class DiffMaskSettings(RunSettings):
     add_activation: float = option(8.0, "log_alpha = mul · tanh(·) + add")
     normalize: bool = option(False, "LayerNorm, without weights, on the inputs of the gates")
     zero_start: bool = option(False, "start the last layer of every gate at zero")
+    herding_layer: int = option(
+        -1, "hidden state in which patches are ranked by kernel herding, for the gates from there on; -1: no ranks"
+    )
     no_placeholder: bool = option(False, "replace dropped patches by zeros instead of a learned placeholder")
     grey_start: bool = option(False, "start the placeholder as the embedding of an empty, mid-grey patch, not as noise")
     last_layer_share: float = option(
@@ -181,13 +184,14 @@ class DiffMaskSettings(RunSettings):
     def config(self) -> dict:
         """Keyword arguments for `VisionDiffMask.for_classifier`."""
         names = ("alpha", "alpha_min", "alpha_max", "log_multiplier", "eps", "kl_quantile", "mul_activation", "add_activation",
-                 "normalize", "zero_start", "no_placeholder")  # fmt: skip
+                 "normalize", "zero_start", "herding_layer", "no_placeholder")  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
     def validate(self) -> None:
         """Raise `VDMError` for a number that no training run can use."""
         super().validate()
-        check_numbers(VisionDiffMaskConfig(**self.config()), "training settings")
+        gates = 10**6  # how many there will be depends on the base: that is checked with it
+        check_numbers(VisionDiffMaskConfig(num_gates=gates, **self.config()), "training settings")
 
 
 @dataclass
