@@ -381,6 +381,8 @@ def test_sizes_of_masks_are_those_of_the_runs():
     )
     seen = photos.loc[("with ranks", "as shown")]
     assert seen["kept"] < 0.65 * mask["kept"] and seen["KL ≤ ε"] > mask["KL ≤ ε"] - 0.03
+    one_by_one = pd.read_csv(ROOT / "benchmarks" / "results" / "deletion_cifar10_ranks_pictures.csv").groupby("method")
+    assert one_by_one["kept"].std()["DiffMask"] < 0.02 < 0.1 < one_by_one["kept"].std()["DiffMask, cut to fit"]
     assert shapes.loc[("Vision DiffMask", "as shown"), "kept"] < shapes.xs("by entropy", level="patches")["kept"].min()
 
 
