@@ -5,7 +5,7 @@ NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
 # an order of magnitude above the slowest cell: a hanging kernel fails within minutes, not hours
 CELL_TIMEOUT := 600
 # files of tests, or notebooks, at a time, each in a process that computes on one thread: two threads that wait for one another
-# make a small model no faster, and on a machine that does something else, many times slower
+# make a small model hardly faster, and on a machine that does something else, many times slower
 WORKERS ?= 2
 ONE := OMP_NUM_THREADS=1
 PYTEST := $(ONE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
