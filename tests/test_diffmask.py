@@ -12,7 +12,8 @@ from torch.nn.functional import kl_div
 
 from vdm_utils.diffmask import VisionDiffMask, VisionDiffMaskConfig
 from vdm_utils.errors import VDMError
-from vdm_utils.gates import RANK_START, HardConcrete
+from vdm_utils.gates import MARGIN_START, RANK_START, HardConcrete, herding_ranks
+from vdm_utils.objective import class_margin
 from vdm_utils.refine import refine
 from vdm_utils.vit import build_classifier, fingerprint, load_classifier
 
@@ -21,7 +22,7 @@ GATES = dict(add_activation=0.0, mul_activation=3.0, normalize=True)
 OTHER = {  # a value that differs from the default for every setting of the config
     "eps": 0.05, "kl_quantile": 0.9, "mul_activation": 6.0, "add_activation": 2.0, "temperature": 0.5, "low": -0.1,
     "high": 1.1, "normalize": True, "zero_start": True, "no_placeholder": True, "alpha": 10.0, "alpha_min": 1.0,
-    "alpha_max": 50.0, "log_multiplier": True, "herding_layer": 2,
+    "alpha_max": 50.0, "log_multiplier": True, "herding_layer": 2, "keep_class": True,
 }  # fmt: skip
 
 
@@ -306,12 +307,30 @@ def test_every_setting_survives_a_checkpoint(base, tmp_path, name):
 def test_settings_reach_the_gates(base):
     diffmask = VisionDiffMask.for_classifier(base, **OTHER | {"zero_start": True})
     gate = diffmask.gates[3]
-    *others, rank = gate.outer.weight[0].tolist()
-    assert (gate.mul, gate.add, gate.normalize, set(others), rank) == (6.0, 2.0, True, {0.0}, RANK_START)
-    assert [gate.outer.in_features - gate.inner.out_features for gate in diffmask.gates] == [0, 0, 1, 1, 1, 1]
+    *others, margin, rank = gate.outer.weight[0].tolist()
+    assert (gate.mul, gate.add, gate.normalize, set(others)) == (6.0, 2.0, True, {0.0})
+    assert (margin, rank) == pytest.approx((MARGIN_START, RANK_START))
+    assert [gate.outer.in_features - gate.inner.out_features for gate in diffmask.gates] == [1, 1, 2, 2, 2, 2]
     assert diffmask.multiplier.log_space and diffmask.multiplier.bounds == pytest.approx((0, 3.912), abs=1e-3)
     votes = diffmask.votes(diffmask.view.encode(torch.zeros(1, 3, 12, 12)))
     assert (votes.temperature, votes.low, votes.high) == (0.5, -0.1, 1.1) and votes.batch_shape == (1, 6, 9)
+
+
+def test_gates_keep_more_of_an_answer_that_is_less_sure(base, pictures):
+    """Before training a gate says nothing but what it is told: an unsure class keeps more, a patch that stands for others stays."""
+    diffmask = VisionDiffMask.for_classifier(
+        base, zero_start=True, keep_class=True, herding_layer=2, add_activation=0.0
+    )
+    states = diffmask.view.encode(pictures)
+    margin = class_margin(states.logits)
+    with torch.no_grad():
+        log_alpha = diffmask.votes(states).log_alpha  # [B, K, N]
+    alone, ranked = log_alpha[:, 0], log_alpha[:, 2]
+    assert torch.allclose(alone, 15 * torch.tanh(MARGIN_START * margin)[:, None].expand_as(alone), atol=1e-4)
+    told = MARGIN_START * margin[:, None] + RANK_START * herding_ranks(states.hidden[2])
+    assert torch.allclose(ranked, 15 * torch.tanh(told), atol=1e-4) and margin.std() > 0.01
+    with pytest.raises(VDMError, match="how sure"):
+        diffmask.explain(pictures, check=False, stop_early=True)
 
 
 def test_the_base_moves_along_to_another_precision(base, pictures):

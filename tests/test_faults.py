@@ -546,6 +546,7 @@ SETTINGS = {
     "ranks of a layer that is not there": {"herding_layer": 6},
     "half a layer": {"herding_layer": 1.5},
     "a switch for a layer": {"herding_layer": True},
+    "one for yes": {"keep_class": 1},
 }
 
 

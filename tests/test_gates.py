@@ -166,7 +166,7 @@ def test_every_patch_taken_brings_the_taken_ones_nearest_to_the_whole():
     normal = torch.nn.functional.layer_norm(states, (8,)).double()
     for picture, order in zip(normal, ranks.argsort(1, descending=True).tolist(), strict=True):
         distances = torch.cdist(picture, picture).square()
-        kernel = torch.exp(-distances / distances.median())
+        kernel = torch.exp(-distances / distances.mean())
 
         def discrepancy(chosen, kernel=kernel):
             return kernel.mean() - 2 * kernel[chosen].mean() + kernel[chosen][:, chosen].mean()
@@ -200,14 +200,15 @@ def test_patches_that_cannot_be_told_apart_have_ranks_too(states):
     assert torch.allclose(herding_ranks(states).sort(1).values, wanted.expand(len(states), count), atol=1e-6)
 
 
-def test_a_ranked_gate_keeps_what_stands_for_others():
-    gate = GateNetwork(8, 15.0, 2.0, True, True, ranked=True)
-    with torch.no_grad():
-        gate.outer.weight[0, -1] = 1  # the last input of the last layer
-    states, ranks = torch.randn(2, 9, 8), torch.linspace(-1, 1, 9).expand(2, 9)
-    log_alpha = gate(states, states, ranks)
-    assert torch.allclose(log_alpha, 15 * torch.tanh(ranks) + 2)
-    assert torch.allclose(log_alphas([gate], states, [states], ranks)[0], log_alpha, atol=1e-5)
+def test_a_gate_starts_with_its_hints_and_looks_at_no_other():
+    """Before training a gate says what its hints say; those before the ranked state are given ranks, and do not look."""
+    states, hints = torch.randn(2, 9, 8), torch.randn(2, 9, 2)
+    both, first = (GateNetwork(8, 15.0, 2.0, True, True, hints=starts) for starts in ((-0.5, 1.0), (-0.5,)))
+    wanted = {both: hints @ torch.tensor([-0.5, 1.0]), first: -0.5 * hints[..., 0]}
+    for gate, told in wanted.items():
+        log_alpha = gate(states, states, hints)
+        assert torch.allclose(log_alpha, 15 * torch.tanh(told) + 2, atol=1e-5)
+        assert torch.allclose(log_alphas([gate], states, [states], hints)[0], log_alpha, atol=1e-5)
 
 
 def test_zero_start_begins_at_add_and_can_leave_it():

@@ -8,7 +8,15 @@ from torch.distributions import Categorical
 from torch.distributions import kl_divergence as torch_kl
 
 from vdm_utils.diffmask import VisionDiffMask
-from vdm_utils.objective import Multiplier, expected_l0, kl_divergence, lagrangian, mask_embeddings
+from vdm_utils.objective import (
+    Multiplier,
+    class_margin,
+    expected_l0,
+    kl_divergence,
+    kl_to_change,
+    lagrangian,
+    mask_embeddings,
+)
 from vdm_utils.training import DiffMaskSettings, DiffMaskTrainer, settings
 
 
@@ -28,6 +36,44 @@ def test_kl_is_that_of_torch_and_in_this_order():
     assert kl_divergence(sure, sure).item() == 0 and kl_divergence(sure, -sure).item() == pytest.approx(2e4)
     by_hand = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
     assert kl_divergence(torch.tensor([[0.75, 0.25]]).log(), torch.zeros(1, 2)).item() == pytest.approx(by_hand)
+
+
+def test_below_the_kl_to_change_no_answer_has_another_class():
+    """Of 300,000 other answers near to each of twenty: none with another class is cheaper, and some are hardly dearer."""
+    logits = torch.randn(20, 5)
+    bound = kl_to_change(logits)
+    others = logits[:, None] + torch.linspace(0.01, 3, 300_000)[:, None] * torch.randn(20, 300_000, 5)
+    kl = kl_divergence(logits[:, None], others)
+    kl[others.argmax(-1) == logits.argmax(-1)[:, None]] = math.inf
+    nearest = kl.min(1).values
+    assert (nearest > bound).all() and ((nearest - bound) < 0.02 + 0.2 * bound).all() and bound.max() > 0.1
+
+
+def test_kl_to_change_by_hand():
+    answers = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.5, 1e-9], [1.0, 1e-9, 1e-9]])
+    by_hand = 0.6 * math.log(0.6 / 0.45) + 0.3 * math.log(0.3 / 0.45)
+    assert kl_to_change(answers.log()).tolist() == pytest.approx([by_hand, 0, math.log(2)], abs=1e-6)
+    assert class_margin(answers.log()).tolist() == pytest.approx(
+        [1 + math.log(by_hand / math.log(2)) / 2, -1, 1], abs=1e-5
+    )
+
+
+def test_a_picture_on_the_edge_of_another_class_has_a_smaller_budget(base, pictures):
+    """Price and broken promise are those of KL · ε / budget; and without `keep_class` those of KL, whatever the answer."""
+    budgets = {}
+    for keep_class in (False, True):
+        torch.manual_seed(0)
+        diffmask, _ = players(base, "log", keep_class=keep_class, eps=0.4)
+        torch.manual_seed(1)
+        output = diffmask(pictures, layer=2)
+        output.loss.backward()
+        limit = kl_to_change(base(pictures).logits).clamp(0.04, 0.4) if keep_class else torch.full((8,), 0.4)
+        cost = (output.kl * 0.4 / limit).mean().item()
+        assert diffmask.multiplier.parameter.grad[2].item() == pytest.approx(cost - 0.4, rel=1e-4)
+        value = output.l0.mean().item() + diffmask.multiplier.value[2].item() * (cost - 0.4)
+        assert output.loss.item() == pytest.approx(value, rel=1e-4)
+        budgets[keep_class] = limit
+    assert (budgets[True] < 0.39).any() and (budgets[True] > 0.041).any()
 
 
 def test_sparsity_is_a_probability_and_not_its_logarithm():

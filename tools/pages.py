@@ -1,10 +1,15 @@
-"""Execute notebooks in order and write, for each, the executed notebook and an HTML page, and an index of the pages."""
+"""Execute notebooks in order and write, for each, the executed notebook and an HTML page, and an index of the pages.
+
+python tools/pages.py notebooks/05_cifar10.ipynb --in_place   # and put what came out in place of the notebook itself
+"""
 
 from __future__ import annotations
 
 import argparse
+import base64
 import copy
 import html
+import io
 import os
 import re
 import sys
@@ -17,6 +22,7 @@ from latex2mathml.converter import convert
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbconvert import HTMLExporter
+from PIL import Image
 
 INDEX = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Vision DiffMask in notebooks</title>
@@ -27,6 +33,9 @@ li {{ margin: .8rem 0; }} small {{ color: #555; }}</style></head>
 <p>Explain a Vision Transformer by the patches it can do without.</p>
 <ol>{items}</ol></body></html>
 """
+
+
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
 def title_and_promise(notebook: nbformat.NotebookNode) -> tuple[str, str]:
@@ -61,8 +70,25 @@ def execute(path: Path, timeout: int) -> tuple[nbformat.NotebookNode, float]:
     notebook, start = nbformat.read(path, as_version=4), time.perf_counter()
     place = {"metadata": {"path": str(path.parent)}}
     quiet = ["--IPKernelApp.log_level=ERROR"]  # newer kernels warn of their own transport, once per notebook
-    NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources=place, extra_arguments=quiet).execute()
+    NotebookClient(
+        notebook, timeout=timeout, kernel_name="python3", resources=place, extra_arguments=quiet, record_timing=False
+    ).execute()
     return notebook, time.perf_counter() - start
+
+
+def as_committed(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """A copy without what differs from machine to machine, and whose figures have 256 colours: nobody sees it, and it is a third
+    of the bytes, of which every version stays in the history."""
+    copied = copy.deepcopy(notebook)
+    copied.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
+    for output in (one for cell in copied.cells for one in cell.get("outputs", [])):
+        data = output.get("data", {})
+        if "image/png" in data:
+            figure = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
+            if figure.mode != "P":
+                figure.convert("RGB").quantize(256).save(light := io.BytesIO(), "PNG", optimize=True)
+                data["image/png"] = base64.b64encode(light.getvalue()).decode()
+    return copied
 
 
 def main() -> int:
@@ -70,6 +96,7 @@ def main() -> int:
     parser.add_argument("notebooks", nargs="+", type=Path)
     parser.add_argument("--output_dir", type=Path, default=Path("build"))
     parser.add_argument("--timeout", type=int, default=600, help="seconds a cell may take")
+    parser.add_argument("--in_place", action="store_true", help="overwrite the notebooks as well")
     parser.add_argument("--workers", type=int, default=1, help="notebooks at a time")
     wanted = parser.parse_args()
     wanted.output_dir.mkdir(parents=True, exist_ok=True)
@@ -87,6 +114,8 @@ def main() -> int:
                 return 1
             heading, promise = title_and_promise(notebook)
             nbformat.write(notebook, wanted.output_dir / path.name)
+            if wanted.in_place:
+                nbformat.write(as_committed(notebook), path)
             page = wanted.output_dir / path.with_suffix(".html").name
             # the widgets' scripts are looked for on the web; without a network the page still reads
             page.write_text(HTMLExporter().from_notebook_node(with_mathml(notebook))[0], encoding="utf-8")

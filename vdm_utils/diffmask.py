@@ -16,8 +16,24 @@ from transformers.utils import ModelOutput
 
 from vdm_utils.checkpoints import load_saved, refuse_misfits, save_classifier, write_checksums
 from vdm_utils.errors import VDMError
-from vdm_utils.gates import GateNetwork, HardConcrete, combine_votes, herding_ranks, log_alphas
-from vdm_utils.objective import Multiplier, expected_l0, kl_divergence, lagrangian, mask_embeddings
+from vdm_utils.gates import (
+    MARGIN_START,
+    RANK_START,
+    GateNetwork,
+    HardConcrete,
+    combine_votes,
+    herding_ranks,
+    log_alphas,
+)
+from vdm_utils.objective import (
+    Multiplier,
+    class_margin,
+    expected_l0,
+    kl_divergence,
+    kl_in_budget,
+    lagrangian,
+    mask_embeddings,
+)
 from vdm_utils.vit import PatchStates, PatchView, fingerprint, load_classifier
 
 
@@ -32,6 +48,8 @@ class VisionDiffMaskConfig(PreTrainedConfig):
         temperature, low, high: of the hard concrete distribution.
         normalize, zero_start: LayerNorm on gate inputs; last gate layer starts at zero, so every gate starts at `add`.
         herding_layer: gates that look at this state or a later one also see each patch's rank in it (`herding_ranks`); −1: none do.
+        keep_class: a picture whose class could change for less than ε has to keep that instead (`kl_to_change`), and all gates
+            see how sure the class is.
         no_placeholder: replace by zeros instead of a learned vector.
         alpha, alpha_min, alpha_max, log_multiplier: start and bounds of the multipliers, and whether ρ = log α is learned.
         base_name_or_path, base_fingerprint: which classifier this explains; a path is relative to the saved folder.
@@ -51,6 +69,7 @@ class VisionDiffMaskConfig(PreTrainedConfig):
     normalize: bool = False
     zero_start: bool = False
     herding_layer: int = -1
+    keep_class: bool = False
     no_placeholder: bool = False
     alpha: float = 20.0
     alpha_min: float = 0.0
@@ -133,7 +152,7 @@ class VisionDiffMask(PreTrainedModel):
         super().__init__(config)
         d, activation = config.hidden_size, (config.mul_activation, config.add_activation)
         self.gates = nn.ModuleList(
-            GateNetwork(d, *activation, config.normalize, config.zero_start, ranked=0 <= config.herding_layer <= k)
+            GateNetwork(d, *activation, config.normalize, config.zero_start, self._hints_of_gate(k))
             for k in range(config.num_gates)
         )
         self.placeholder = None
@@ -149,6 +168,11 @@ class VisionDiffMask(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing to do: every module starts itself, so that a checkpoint's start does not depend on transformers."""
+
+    def _hints_of_gate(self, k: int) -> list[float]:
+        """What gate k is told beside states, by its weight at the start: the margin of the class, the rank of the patch."""
+        config = self.config
+        return [MARGIN_START] * config.keep_class + [RANK_START] * (0 <= config.herding_layer <= k)
 
     @classmethod
     def for_classifier(cls, model: PreTrainedModel, **config) -> VisionDiffMask:
@@ -225,8 +249,13 @@ class VisionDiffMask(PreTrainedModel):
         # under autocast the noise would be drawn in bfloat16 too, and end at ±4.8: gates beyond it would never flip, nor learn
         with torch.autocast(states.embeddings.device.type, enabled=False):
             hidden = [state.to(dtype) for state in states.hidden[: last + 1]]
-            ranks = herding_ranks(hidden[self.config.herding_layer]) if self.gates[last].ranked else None
-            log_alpha = log_alphas(self.gates[: last + 1], states.embeddings.to(dtype), hidden, ranks)
+            hints = []  # each [B, N]
+            if self.config.keep_class:
+                hints.append(class_margin(states.logits.to(dtype))[:, None].expand(hidden[0].shape[:2]))
+            if 0 <= self.config.herding_layer <= last:
+                hints.append(herding_ranks(hidden[self.config.herding_layer]))
+            hints = torch.stack(hints, -1) if hints else None
+            log_alpha = log_alphas(self.gates[: last + 1], states.embeddings.to(dtype), hidden, hints)
         return HardConcrete(torch.stack(log_alpha, dim=1), self.config.temperature, self.config.low, self.config.high)
 
     def masked_logits(self, pixel_values: torch.Tensor, states: PatchStates, mask: torch.Tensor) -> torch.Tensor:
@@ -261,9 +290,10 @@ class VisionDiffMask(PreTrainedModel):
         masked_logits = self.masked_logits(pixel_values, states, mask)
         kl = kl_divergence(states.logits.float(), masked_logits.float())  # [B]
         l0 = expected_l0(on_patches(votes.log_prob_nonzero.sum(dim=1, keepdim=True)))  # [B]
-        primal = lagrangian(l0.mean(), kl.mean(), self.multiplier.value[layer], self.config.eps)
+        cost = kl_in_budget(kl, states.logits.float(), self.config.eps) if self.config.keep_class else kl  # [B]
+        primal = lagrangian(l0.mean(), cost.mean(), self.multiplier.value[layer], self.config.eps)
         # a mean within ε still lets single images break the promise; a high quantile holds for nearly all of them
-        constrained = kl.detach().quantile(self.config.kl_quantile) if self.config.kl_quantile else kl.mean()
+        constrained = cost.detach().quantile(self.config.kl_quantile) if self.config.kl_quantile else cost.mean()
         dual = self.multiplier.dual_objective(layer, constrained - self.config.eps)
         # the dual term's value is taken out again so that the reported loss is the Lagrangian itself
         unchanged = (masked_logits.argmax(-1) == states.logits.argmax(-1)).float()
@@ -289,6 +319,9 @@ class VisionDiffMask(PreTrainedModel):
         """
         if layer is not None:
             self._check_layer(layer, "VisionDiffMask.explain", "leave layer out to see the final mask")
+        if stop_early and self.config.keep_class:
+            raise VDMError("these gates ask how sure the answer is", where="VisionDiffMask.explain", expected="the whole pass",
+                           got="stop_early", fix="leave stop_early out, or train without keep_class")  # fmt: skip
         if stop_early and check:
             raise VDMError("nothing to check the mask against", where="VisionDiffMask.explain", expected="check=False beside stop_early",
                            got="check=True", fix="leave one of the two out")  # fmt: skip

@@ -28,6 +28,32 @@ def kl_divergence(logits: torch.Tensor, masked_logits: torch.Tensor) -> torch.Te
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
 
 
+def kl_to_change(logits: torch.Tensor) -> torch.Tensor:
+    """The smallest KL(f(x) ‖ ·) in nats, per image, at which another class is as likely: [B, C] → [B], at most log 2.
+
+    As long as a mask costs less, the predicted class cannot change. It is the KL to the distribution that gives the two
+    likeliest classes, p₁ and p₂, their mean each, and leaves all others alone.
+    """
+    two = F.log_softmax(logits, dim=-1).topk(2, dim=-1).values  # [B, 2]
+    mean = two.logsumexp(-1, keepdim=True) - math.log(2)
+    return (two.exp() * (two - mean)).sum(-1).clamp(min=0)
+
+
+def kl_in_budget(kl: torch.Tensor, logits: torch.Tensor, eps: float) -> torch.Tensor:
+    """KL [B] in a currency of which every image has ε: KL · ε / min(ε, `kl_to_change`), for `logits` [B, C] on whole images.
+
+    At most ε exactly where the KL is at most ε and too small to change the class. The rate ends at ten: nothing keeps the class
+    of a tie, and one such image would drown all the others of a batch.
+    """
+    return kl * eps / kl_to_change(logits).clamp(eps / 10, eps)
+
+
+def class_margin(logits: torch.Tensor) -> torch.Tensor:
+    """How sure the class is, on a scale for gates, per image: [B, C] → [B], 1 if sure, −1 from a `kl_to_change` of 0.013 on."""
+    share = kl_to_change(logits) / math.log(2)
+    return (1 + share.clamp(min=1e-6).log() / 2).clamp(min=-1)
+
+
 def expected_l0(log_prob: torch.Tensor) -> torch.Tensor:
     """Expected fraction of patches kept: mean over patches of P(z ≠ 0), from its log [B, N] → [B].
 

@@ -168,7 +168,7 @@ def steps_left(trainer: Trainer, checkpoint: Path) -> bool:
 
 
 # settings without which the numbers of a DiffMask mean something else
-MEANING = ("normalize", "mul_activation", "add_activation", "temperature", "low", "high", "log_multiplier", "no_placeholder", "herding_layer")  # fmt: skip
+MEANING = ("normalize", "mul_activation", "add_activation", "temperature", "low", "high", "log_multiplier", "no_placeholder", "herding_layer", "keep_class")  # fmt: skip
 
 
 def load_weights(model: PreTrainedModel, saved: PreTrainedModel, source: str, where: str = "training") -> None:

@@ -171,6 +171,9 @@ class DiffMaskSettings(RunSettings):
     herding_layer: int = option(
         -1, "hidden state in which patches are ranked by kernel herding, for the gates from there on; -1: no ranks"
     )
+    keep_class: bool = option(
+        False, "hold the KL below what could change the class, where that is less than eps; gates see how much it is"
+    )
     no_placeholder: bool = option(False, "replace dropped patches by zeros instead of a learned placeholder")
     grey_start: bool = option(False, "start the placeholder as the embedding of an empty, mid-grey patch, not as noise")
     last_layer_share: float = option(
@@ -184,7 +187,7 @@ class DiffMaskSettings(RunSettings):
     def config(self) -> dict:
         """Keyword arguments for `VisionDiffMask.for_classifier`."""
         names = ("alpha", "alpha_min", "alpha_max", "log_multiplier", "eps", "kl_quantile", "mul_activation", "add_activation",
-                 "normalize", "zero_start", "herding_layer", "no_placeholder")  # fmt: skip
+                 "normalize", "zero_start", "herding_layer", "keep_class", "no_placeholder")  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
     def validate(self) -> None:
