@@ -31,7 +31,7 @@ MEASURES, DIRECTIONS = {"probability": "acc", "kl": "KL"}, {"important first": "
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=DATASETS)
-    parser.add_argument("--part", default="diffmask", help="which DiffMask of the task, as diffmask-ranks")
+    parser.add_argument("--part", default="diffmask", help="which DiffMask of the task, as diffmask-votes")
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--refine", type=int, default=0, help="steps of every search of a refinement; 0: not measured")
     parser.add_argument("--dial", action="store_true", help="also the order that all ε together give")

@@ -2,6 +2,7 @@
 
     python benchmarks/depths.py shapes cifar10 --table runs/depths.csv
 
+A DiffMask whose gates are told how sure the answer is needs the whole pass: of CIFAR-10 it is the one whose gates are told nothing.
 Costs are forward passes of the same 64 pictures, medians over the rounds of `speed.in_passes`; attention rollout and Grad-CAM
 stand beside them. Test pictures; nothing is trained.
 """
@@ -19,6 +20,8 @@ from shipped import DATASETS, promise, shipped
 from speed import in_passes
 
 from vdm_utils.attributions import attention_rollout, grad_cam
+from vdm_utils.diffmask import VisionDiffMask
+from vdm_utils.notebook import checkpoint
 from vdm_utils.refine import cut_to_fit
 
 
@@ -31,6 +34,9 @@ def main() -> None:
     wanted, tables = parser.parse_args(), []
     for task in wanted.tasks:
         diffmask, _, batch = shipped(task, wanted.images)
+        told = partial(diffmask.explain, batch["pixel_values"][:64], check=False)
+        if diffmask.config.keep_class:
+            diffmask = VisionDiffMask.from_pretrained(checkpoint(task, "diffmask-votes"), base=diffmask.base)
         pictures, model, gates = batch["pixel_values"], diffmask.base, range(diffmask.config.num_gates)
         some = pictures[:64]
 
@@ -42,6 +48,7 @@ def main() -> None:
         jobs = {f"depth {k}": partial(mask, layer=k, stop_early=True) for k in gates}
         jobs |= {
             "mask": mask,
+            "mask that ships": told,
             "rollout": partial(attention_rollout, model, some),
             "Grad-CAM": partial(grad_cam, model, some),
         }

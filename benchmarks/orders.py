@@ -8,7 +8,7 @@ share of pictures with KL ≤ ε and with the same class, under the fill of the 
 How many are needed differs from picture to picture. "cut to fit" asks the classifier: of 16 sizes the smallest that keeps both
 promises (`refine.cut_to_fit`). "by entropy" only looks at how unsure the answer on the whole picture is: for every tenth of
 the validation pictures, in the order of that entropy, the smallest size that keeps both promises on 85 % of them. The last
-rows show the masks of the DiffMask as they are, and of the one whose gates see ranks, where one ships.
+rows show the masks of the DiffMask as they are, and of the one whose gates are told nothing, where one ships beside it.
 """
 
 from __future__ import annotations
@@ -101,12 +101,14 @@ def main() -> None:
             scores[name] = [METHODS[name](diffmask.base, part) for part in pictures]
         states = [diffmask.view.encode(part, HERDING_LAYER).hidden[HERDING_LAYER] for part in pictures]
         scores["kernel herding"] = [herding_ranks(state).unflatten(-1, diffmask.view.grid) for state in states]
-        for name, one in ranked.items():
+        for name, one in plain.items():
             scores[name] = [one.explain(part, check=False).scores for part in pictures]
         return scores | {"Vision DiffMask": [one.scores for one in seen]}
 
-    folder = CHECKPOINTS / wanted.task / "diffmask-ranks"
-    ranked = {"with ranks": VisionDiffMask.from_pretrained(folder, base=diffmask.base)} if folder.is_dir() else {}
+    folder = CHECKPOINTS / wanted.task / "diffmask-votes"
+    plain = (
+        {"gates told nothing": VisionDiffMask.from_pretrained(folder, base=diffmask.base)} if folder.is_dir() else {}
+    )
     shown, known = ([diffmask.explain(part) for part in pictures] for pictures in (parts, unseen))
     entropy, asked = (torch.cat([Categorical(logits=e.logits).entropy() for e in seen]) for seen in (known, shown))
     learned_from = all_scores(unseen, known)
@@ -121,7 +123,7 @@ def main() -> None:
         note(name, "cut to fit", [cut_to_fit(diffmask, part, scores=scores) for part, scores in zip(parts, order)])
         before = torch.cat([promises_kept(diffmask, *three) for three in zip(unseen, known, learned_from[name])])
         cut("by entropy", size_by_entropy(entropy, before, asked))
-    for name, one in ranked.items():
+    for name, one in plain.items():
         note(name, "as shown", [one.explain(part) for part in parts])
     note("Vision DiffMask", "as shown", shown)
     if wanted.table:

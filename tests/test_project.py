@@ -1,6 +1,8 @@
 """The files around the code agree with each other and with what they promise."""
 
 import ast
+import base64
+import io
 import itertools
 import json
 import re
@@ -10,11 +12,13 @@ import tomllib
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 import transformers
 import yaml
 from conftest import load_tool
+from PIL import Image
 
 from vdm_utils.__main__ import main, parse
 from vdm_utils.checkpoints import save_classifier
@@ -102,6 +106,32 @@ def test_links_exist(page):
         file, _, anchor = link.partition("#")
         assert link.startswith("http") or (page.parent / file).exists(), link
         assert file or anchor in anchors, link
+
+
+def test_a_notebook_is_committed_without_its_machine_and_with_light_figures(pages):
+    """Of the figure nothing is lost that can be seen; bytes go, and so does what another machine would write otherwise."""
+    picture = np.full((120, 160, 4), 255, np.uint8)
+    picture[20:90, 30:140, :3] = np.random.default_rng(0).integers(0, 40, (14, 22, 3)).repeat(5, 0).repeat(5, 1)
+    Image.fromarray(picture).save(heavy := io.BytesIO(), "PNG")
+    figure = nbformat.v4.new_output("display_data", {"image/png": base64.b64encode(heavy.getvalue()).decode()})
+    cell = nbformat.v4.new_code_cell(
+        "show()", execution_count=1, outputs=[figure, nbformat.v4.new_output("stream", text="3")]
+    )
+    there = {
+        "kernelspec": {"name": "mine", "display_name": "Mine"},
+        "language_info": {"name": "python", "version": "3.11.7"},
+        "widgets": {},
+    }
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("text"), cell], metadata=there)
+    committed = pages.as_committed(notebook)
+    assert committed.metadata == {"kernelspec": pages.KERNEL, "language_info": {"name": "python"}}
+    light = base64.b64decode(committed.cells[1].outputs[0].data["image/png"])
+    seen = Image.open(io.BytesIO(light))
+    difference = np.abs(np.asarray(seen.convert("RGB"), int) - picture[..., :3])
+    assert seen.mode == "P" and len(light) < len(heavy.getvalue()) and difference.mean() < 2
+    assert committed.cells[1].outputs[1].text == "3" and notebook.metadata == there
+    assert notebook.cells[1].outputs[0].data["image/png"] == figure.data["image/png"]  # a copy was changed
+    assert pages.as_committed(committed) == committed
 
 
 CHECKPOINTS = sorted(path.parent for path in (ROOT / "data" / "checkpoints").glob("*/*/card.json"))

@@ -37,6 +37,11 @@ STRETCHED = (
     "--augment_cells --num_epochs 4 --patience 100 --num_workers 0"
 )
 PHOTOS = "train --recipe pictures --dataset CIFAR10 --no_placeholder --shared_noise --bf16"
+# gates that are told how sure the answer is, and how well a patch stands for the others
+TOLD = (
+    f"{PHOTOS} --herding_layer 2 --keep_class --kl_quantile 0.75 --mul_activation 30 --add_activation 15 --lr 2e-4 "
+    "--lr_alpha 0.02 --seed 0"
+)
 SHAPES = (
     "train-base --dataset shapes --lr 8e-4 --lr_schedule linear --warmup_steps 50 --weight_decay 0.05 --batch_size 128 --add_flip "
     "--add_shift --patience 100 --num_workers 0"
@@ -117,16 +122,17 @@ TASKS = {
             "distil --dataset CIFAR10 --agreement 3 --steps 2800 --lr 5e-4 --seed 3",  # as from all, so from a part
         ],
         "diffmask": [
-            f"{PHOTOS} --max_steps 1500 --seed 0",
-            f"{PHOTOS} --max_steps 200 --lr 1e-3 --alpha 6 --lr_alpha 0.01 --seed 0 --start_from {{runs}}/cifar10/diffmask-0",
-        ],
-        # gates that also see how well a patch stands for the others
-        "diffmask-ranks": [
-            f"{PHOTOS} --herding_layer 2 --kl_quantile 0.85 --lr 2e-4 --alpha 3 --lr_alpha 0.01 --max_steps 800 --seed 0"
+            f"{TOLD} --alpha 1.15 --alpha_min 1.15 --max_steps 800",
+            f"{TOLD} --max_steps 60 --start_from {{runs}}/cifar10/diffmask-0",  # at a slightly lower price
         ],
         # the dial of notebook 05
-        "diffmask-eps-0.03": [f"{PHOTOS} --max_steps 1500 --seed 0 --eps 0.03"],
-        "diffmask-eps-0.3": [f"{PHOTOS} --max_steps 1500 --seed 0 --eps 0.3"],
+        "diffmask-eps-0.03": [f"{TOLD} --eps 0.03 --alpha 1.15 --alpha_min 1.15 --max_steps 800"],
+        "diffmask-eps-0.3": [f"{TOLD} --eps 0.3 --alpha 1.15 --alpha_min 0.2 --max_steps 800"],
+        # the paper's gates, which are told nothing
+        "diffmask-votes": [
+            f"{PHOTOS} --max_steps 1500 --seed 0",
+            f"{PHOTOS} --max_steps 200 --lr 1e-3 --alpha 6 --lr_alpha 0.01 --seed 0 --start_from {{runs}}/cifar10/diffmask-votes-0",
+        ],
     },
     "cifar10-count": {
         # from what the convolutional network taught about single pictures, its positions repeated in every cell

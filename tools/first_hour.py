@@ -79,7 +79,7 @@ def main() -> int:
     commands = [line for line in lines if not (found := re.match(r"make (\w+)", line)) or found[1] in wanted.make]
     if missing := set(wanted.make) - {line.split()[1] for line in lines if line.startswith("make ")}:
         parser.error(f"the README's first block has no make {', '.join(missing)}")
-    address = re.search(r"git clone (\S+)", "\n".join(commands)).group(1)
+    address = re.search(r"git clone (?:--\S+ \d+ )?(\S+)", "\n".join(commands)).group(1)
 
     top = Path(tempfile.mkdtemp(prefix="first-hour-", dir=wanted.place))
     top.chmod(0o755)
