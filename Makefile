@@ -33,7 +33,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 unit: setup
-	$(PYTEST) tests
+	$(PYTEST) --durations=25 --durations-min=5 tests
 
 nbval: setup  ## execute every notebook and compare its outputs with the committed ones
 	$(PYTEST) --nbval --nbval-current-env --nbval-cell-timeout=$(CELL_TIMEOUT) $(NOTEBOOKS)
@@ -69,7 +69,7 @@ benchmarks: setup  ## measure the README's tables again, into runs/; hours. Thos
 	$(BIN)/python benchmarks/randomisation.py --table runs/randomisation.csv
 	$(BIN)/python benchmarks/deletion.py cifar10 --refine 50 --fills "mean colour" "token removal" noise --table runs/deletion_cifar10.csv
 	$(BIN)/python benchmarks/deletion.py cifar10 --part diffmask-votes --fills "mean colour" "token removal" noise --table runs/deletion_cifar10_votes.csv
-	$(BIN)/python benchmarks/refinement.py cifar10 --images 40 --table runs/refinement_cifar10.csv
+	$(BIN)/python benchmarks/refinement.py cifar10 --part diffmask-votes --images 60 --table runs/refinement_cifar10.csv
 	$(BIN)/python benchmarks/depths.py shapes cifar10 --table runs/depths.csv
 	$(BIN)/python benchmarks/oracle.py cifar10-count --table runs/oracle_cifar10.csv
 	$(BIN)/python benchmarks/counting.py cifar10-count --table runs/counting_cifar10.csv

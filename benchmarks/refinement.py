@@ -23,6 +23,7 @@ from vdm_utils.sanity import seed_stability
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=DATASETS)
+    parser.add_argument("--part", default="diffmask", help="which DiffMask of the task the searches start from")
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--steps", type=int, default=50, help="of every search")
     parser.add_argument("--eps", type=float, nargs="+", default=[0.03, 0.1, 0.3])
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="CSV to write; the agreement of the seeds goes to …_seeds.csv")
     wanted = parser.parse_args()
     transformers_logging.disable_progress_bar()
-    diffmask, chosen, batch = shipped(wanted.task, wanted.images)
+    diffmask, chosen, batch = shipped(wanted.task, wanted.images, wanted.part)
     pictures, usual = batch["pixel_values"], diffmask.config.eps
     facts, masks = [], []
 
