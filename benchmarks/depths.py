@@ -4,7 +4,8 @@
 
 A DiffMask whose gates are told how sure the answer is needs the whole pass: of CIFAR-10 it is the one whose gates are told nothing.
 Costs are forward passes of the same 64 pictures, medians over the rounds of `speed.in_passes`; attention rollout and Grad-CAM
-stand beside them. Test pictures; nothing is trained.
+stand beside them, and the Grad-CAM of the grad-cam library, which computes the gradients of all layers and weights; ours stops
+where the map is. Test pictures; nothing is trained.
 """
 
 from __future__ import annotations
@@ -16,13 +17,24 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from pytorch_grad_cam import GradCAM
 from shipped import DATASETS, promise, shipped
 from speed import in_passes
+from transformers import PreTrainedModel
 
-from vdm_utils.attributions import attention_rollout, grad_cam
+from vdm_utils.attributions import LogitsOnly, attention_rollout, grad_cam, to_grid
 from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.notebook import checkpoint
 from vdm_utils.refine import cut_to_fit
+from vdm_utils.vit import PatchView
+
+
+def library_grad_cam(model: PreTrainedModel, pictures: torch.Tensor) -> None:
+    """The map of `grad_cam` as the library computes it."""
+    view = PatchView(model)
+    with GradCAM(LogitsOnly(model), [view.layers[-2]], lambda tokens: to_grid(tokens, view).permute(0, 3, 1, 2)) as cam:
+        cam(pictures)
+    model.zero_grad()
 
 
 def main() -> None:
@@ -51,6 +63,7 @@ def main() -> None:
             "mask that ships": told,
             "rollout": partial(attention_rollout, model, some),
             "Grad-CAM": partial(grad_cam, model, some),
+            "Grad-CAM of the library": partial(library_grad_cam, model, some),
         }
         cost = in_passes(whole, jobs, wanted.rounds)
         table = pd.DataFrame({"cost": {name: statistics.median(found) for name, found in cost.items()}})

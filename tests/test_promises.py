@@ -141,12 +141,12 @@ def test_the_short_sentences_say_what_the_long_ones_do():
     told = re.search(r"costs ([\d.]+) .* a mask ([\d.]+) .*: ([\d.]+) and ([\d.]+)\)", text).groups()
     assert told == (step[1], mask[1], step[2], mask[2])
     (half,) = [row[1] for row in rows(claim("Cost")) if row[0] == "CIFAR-10, 3 of 6 layers"]
-    assert f"a mask that is as good costs {half}: the pass can be left half-way" in text
+    assert f"gates that are told nothing say as much for {half}: the pass can be left half-way" in text
     shares = re.search(
         r"keep (\d+) % of a picture, where random patches need (\d+) % and a chessboard (\d+) %", text
     ).groups()
     sizes = {name: told[0] for name, *told in rows(claim("CIFAR-10")) if len(told) == 2 and "cut to fit" in name}
-    for order, share in zip(("DiffMask's order", "random patches", "every other patch"), shares):
+    for order, share in zip(("the order of gates told nothing", "random patches", "every other patch"), shares):
         assert sizes[f"{order}, cut to fit"].startswith(f"0.{share},"), order
     found = [re.findall(r"\d+", row[1]) for row in rows(claim("Recovery"))]
     assert list(re.search(r"on \*\*(\d+) of (\d+)\*\*", text).groups()) == [str(sum(map(int, n))) for n in zip(*found)]
