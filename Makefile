@@ -68,7 +68,7 @@ benchmarks: setup  ## measure the README's tables again, into runs/; hours. Thos
 	$(BIN)/python benchmarks/orders.py shapes --table runs/orders_shapes.csv
 	$(BIN)/python benchmarks/randomisation.py --table runs/randomisation.csv
 	$(BIN)/python benchmarks/deletion.py cifar10 --refine 50 --fills "mean colour" "token removal" noise --table runs/deletion_cifar10.csv
-	$(BIN)/python benchmarks/deletion.py cifar10 --part diffmask-votes --fills "mean colour" "token removal" noise --table runs/deletion_cifar10_votes.csv
+	$(BIN)/python benchmarks/deletion.py cifar10 --part diffmask-votes --refine 50 --fills "mean colour" "token removal" noise --table runs/deletion_cifar10_votes.csv
 	$(BIN)/python benchmarks/refinement.py cifar10 --part diffmask-votes --images 60 --table runs/refinement_cifar10.csv
 	$(BIN)/python benchmarks/depths.py shapes cifar10 --table runs/depths.csv
 	$(BIN)/python benchmarks/oracle.py cifar10-count --table runs/oracle_cifar10.csv

@@ -33,7 +33,7 @@ def library_grad_cam(model: PreTrainedModel, pictures: torch.Tensor) -> None:
     """The map of `grad_cam` as the library computes it."""
     view = PatchView(model)
     with GradCAM(LogitsOnly(model), [view.layers[-2]], lambda tokens: to_grid(tokens, view).permute(0, 3, 1, 2)) as cam:
-        cam(pictures)
+        cam(pictures, None)
     model.zero_grad()
 
 

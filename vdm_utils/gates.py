@@ -166,13 +166,13 @@ def log_alphas(
     d, product = embeddings.shape[-1], product_of_normalized if gates[0].normalize else F.linear
     to_first = torch.cat([gate.inner.weight[:, :d] for gate in gates])  # [gates · d/4, d]
     bias = torch.cat([gate.inner.bias for gate in gates])
-    of_first = (product(embeddings, to_first) + bias).chunk(len(gates), dim=-1)
+    of_first = F.linear(gates[0].prepare(embeddings), to_first, bias).chunk(len(gates), dim=-1)
     each = zip(gates, of_first, hidden)
     return [gate.vote(own + product(h, gate.inner.weight[:, d:]), hints) for gate, own, h in each]
 
 
 def product_of_normalized(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """LayerNorm(h) Wᵀ for `states` [..., d] and `weight` [e, d]: [..., e], three times as fast as one after the other.
+    """LayerNorm(h) Wᵀ for `states` [..., d] and `weight` [e, d]: [..., e], for small e twice as fast as one after the other.
 
     (h − mean) Wᵀ = h (W − its row means)ᵀ, so h is centred by the weights; its mean is one more column of the product.
     """
