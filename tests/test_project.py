@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -24,6 +25,8 @@ from vdm_utils.__main__ import main, parse
 from vdm_utils.checkpoints import save_classifier
 from vdm_utils.data import load_data
 from vdm_utils.diffmask import VisionDiffMask
+from vdm_utils.notebook import PROFILES
+from vdm_utils.settings import settings
 from vdm_utils.training import ClassifierSettings, DiffMaskSettings
 from vdm_utils.vit import build_classifier, fingerprint, load_classifier
 
@@ -106,6 +109,30 @@ def test_links_exist(page):
         file, _, anchor = link.partition("#")
         assert link.startswith("http") or (page.parent / file).exists(), link
         assert file or anchor in anchors, link
+
+
+def asked(words):
+    """What a command line asks for, but for folders and log lines: as parsed, so that the order of options is free."""
+    told = vars(parse(DiffMaskSettings, "train", [word for word in words if word != "--bf16"]))
+    return {
+        name: value
+        for name, value in told.items()
+        if name not in ("start_from", "from_pretrained", "log_every_n_steps")
+    }
+
+
+@pytest.mark.parametrize("part", ["diffmask", "diffmask-eps-0.03", "diffmask-eps-0.3"])
+def test_masks_of_photographs_are_trained_alike_wherever_it_is_written(part):
+    """By the card, by `make checkpoints`, and live in notebook 05."""
+    card = json.loads((ROOT / "data" / "checkpoints" / "cifar10" / part / "card.json").read_text())
+    ran = [asked(shlex.split(command.partition(" train ")[2])) for command in card["command"]]
+    stages = [asked(shlex.split(stage)[1:]) for stage in load_tool("checkpoints").TASKS["cifar10"][part]]
+    assert ran == stages
+    if part == "diffmask":
+        quick = PROFILES["quick"]
+        live = settings(DiffMaskSettings, quick.recipe, dataset="CIFAR10", seed=0, **quick.mask_options)
+        differs = {name for name, value in ran[0].items() if getattr(live, name) != value}
+        assert not differs
 
 
 def test_a_notebook_is_committed_without_its_machine_and_with_light_figures(pages):

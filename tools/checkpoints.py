@@ -127,7 +127,7 @@ TASKS = {
         ],
         # the dial of notebook 05
         "diffmask-eps-0.03": [f"{TOLD} --eps 0.03 --alpha 1.15 --alpha_min 1.15 --max_steps 800"],
-        "diffmask-eps-0.3": [f"{TOLD} --eps 0.3 --alpha 1.15 --alpha_min 0.2 --max_steps 800"],
+        "diffmask-eps-0.3": [f"{TOLD} --eps 0.3 --alpha_min 0.2 --max_steps 800"],
         # the paper's gates, which are told nothing
         "diffmask-votes": [
             f"{PHOTOS} --max_steps 1500 --seed 0",

@@ -249,7 +249,7 @@ class VisionDiffMask(PreTrainedModel):
         # under autocast the noise would be drawn in bfloat16 too, and end at ±4.8: gates beyond it would never flip, nor learn
         with torch.autocast(states.embeddings.device.type, enabled=False):
             hidden = [state.to(dtype) for state in states.hidden[: last + 1]]
-            hints = []  # each [B, N]
+            hints = []  # each [B, N], in the order of `_hints_of_gate`
             if self.config.keep_class:
                 hints.append(class_margin(states.logits.to(dtype))[:, None].expand(hidden[0].shape[:2]))
             if 0 <= self.config.herding_layer <= last:
