@@ -169,17 +169,18 @@ def test_cost_of_every_method_is_that_of_the_run():
 def test_masks_of_every_depth_are_those_of_the_run():
     run = pd.read_csv(ROOT / "benchmarks" / "results" / "depths.csv").set_index(["task", "what"])
     table = [row for row in rows(claim("Cost")) if row[0].startswith(("shapes, ", "CIFAR-10, "))]
-    assert len(table) == 4 + 2 + 6 + 2
+    assert len(table) == 4 + 3 + 6 + 4
+    others = {"attention rollout": "rollout", "the mask that ships": "mask that ships"}
+    others |= {name.lower().replace("-", ""): name for name in ("Grad-CAM", "Grad-CAM of the library")}
     for name, *told in table:
         task, _, what = name.lower().replace("-", "").partition(", ")
         layers = re.match(r"(\d+) of \d+ layers", what)
-        found = run.loc[
-            (task, f"depth {int(layers[1]) + 1}" if layers else {"attention rollout": "rollout"}.get(what, "Grad-CAM"))
-        ]
+        found = run.loc[(task, f"depth {int(layers[1]) + 1}" if layers else others[what])]
         assert all(agrees(*pair) for pair in zip(filter(None, told), found)), name
         assert layers or not any(told[1:])
     photos = run.loc["cifar10"]
     assert photos.loc["depth 4", "cost"] <= photos.loc["Grad-CAM", "cost"] / 2
+    assert photos.loc["mask that ships", "cost"] <= photos.loc["Grad-CAM of the library", "cost"] / 2
     assert photos.loc["depth 4", "KL ≤ ε"] >= photos.loc["depth 7", "KL ≤ ε"]
     assert photos.loc["depth 4", "cut to fit, kept"] <= photos.loc["depth 7", "cut to fit, kept"]
 
