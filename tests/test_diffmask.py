@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn.functional import kl_div
 
 from vdm_utils.diffmask import VisionDiffMask, VisionDiffMaskConfig
 from vdm_utils.errors import VDMError
-from vdm_utils.gates import MARGIN_START, RANK_START, HardConcrete, herding_ranks
+from vdm_utils.gates import MARGIN_START, OPEN_START, RANK_START, HardConcrete, herding_ranks
 from vdm_utils.objective import class_margin
 from vdm_utils.refine import refine
 from vdm_utils.vit import build_classifier, fingerprint, load_classifier
@@ -310,10 +311,26 @@ def test_settings_reach_the_gates(base):
     *others, margin, rank = gate.outer.weight[0].tolist()
     assert (gate.mul, gate.add, gate.normalize, set(others)) == (6.0, 2.0, True, {0.0})
     assert (margin, rank) == pytest.approx((MARGIN_START, RANK_START))
-    assert [gate.outer.in_features - gate.inner.out_features for gate in diffmask.gates] == [1, 1, 2, 2, 2, 2]
+    assert [gate.outer.in_features - gate.inner.out_features for gate in diffmask.gates] == [0, 0, 2, 2, 2, 2]
+    diffmask = VisionDiffMask.for_classifier(base, **OTHER | {"herding_layer": -1})  # no ranks: all are told the margin
+    assert [gate.num_hints for gate in diffmask.gates] == [1] * 6
     assert diffmask.multiplier.log_space and diffmask.multiplier.bounds == pytest.approx((0, 3.912), abs=1e-3)
     votes = diffmask.votes(diffmask.view.encode(torch.zeros(1, 3, 12, 12)))
     assert (votes.temperature, votes.low, votes.high) == (0.5, -0.1, 1.1) and votes.batch_shape == (1, 6, 9)
+
+
+def test_fewer_gates_look_at_the_first_states(base, pictures, tmp_path):
+    options = {**GATES, "herding_layer": 1, "keep_class": True, "no_placeholder": True}
+    every = randomize(VisionDiffMask.for_classifier(base, **options), std=0.2)
+    three = VisionDiffMask.for_classifier(base, num_gates=3, **options)
+    three.gates.load_state_dict(every.gates[:3].state_dict())
+    three.save_pretrained(tmp_path)
+    shown, same = (
+        VisionDiffMask.from_pretrained(tmp_path, base=base).explain(pictures),
+        every.explain(pictures, layer=2),
+    )
+    assert shown.masks_per_layer.shape == (len(pictures), 3, 3, 3) and shown.mask.std() > 0.01
+    assert torch.allclose(shown.mask, same.mask, atol=1e-6) and torch.allclose(shown.kl, same.kl, atol=1e-5)
 
 
 def test_gates_keep_more_of_an_answer_that_is_less_sure(base, pictures):
@@ -326,9 +343,14 @@ def test_gates_keep_more_of_an_answer_that_is_less_sure(base, pictures):
     with torch.no_grad():
         log_alpha = diffmask.votes(states).log_alpha  # [B, K, N]
     alone, ranked = log_alpha[:, 0], log_alpha[:, 2]
-    assert torch.allclose(alone, 15 * torch.tanh(MARGIN_START * margin)[:, None].expand_as(alone), atol=1e-4)
+    assert torch.allclose(
+        alone, torch.full_like(alone, 15 * math.tanh(OPEN_START))
+    )  # sees no ranks yet, is told nothing
     told = MARGIN_START * margin[:, None] + RANK_START * herding_ranks(states.hidden[2])
     assert torch.allclose(ranked, 15 * torch.tanh(told), atol=1e-4) and margin.std() > 0.01
+    kept = ranked > 2  # gates before it have no say in which of them comes first
+    order = diffmask.explain(pictures, layer=2, check=False).scores.flatten(1)
+    assert all(torch.equal(o[k].argsort(), r[k].argsort()) for o, r, k in zip(order, ranked, kept)) and kept.sum() > 8
     with pytest.raises(VDMError, match="how sure"):
         diffmask.explain(pictures, check=False, stop_early=True)
 

@@ -39,8 +39,8 @@ STRETCHED = (
 PHOTOS = "train --recipe pictures --dataset CIFAR10 --no_placeholder --shared_noise --bf16"
 # gates that are told how sure the answer is, and how well a patch stands for the others
 TOLD = (
-    f"{PHOTOS} --herding_layer 2 --keep_class --kl_quantile 0.75 --mul_activation 30 --add_activation 15 --lr 2e-4 "
-    "--lr_alpha 0.02 --seed 0"
+    f"{PHOTOS} --num_gates 3 --herding_layer 2 --keep_class --kl_quantile 0.75 --mul_activation 60 --add_activation 30 "
+    "--lr 4e-4 --lr_alpha 0.02 --max_steps 500 --seed 0"
 )
 SHAPES = (
     "train-base --dataset shapes --lr 8e-4 --lr_schedule linear --warmup_steps 50 --weight_decay 0.05 --batch_size 128 --add_flip "
@@ -121,13 +121,10 @@ TASKS = {
             "distil --dataset CIFAR10",  # a convolutional network teaches it
             "distil --dataset CIFAR10 --agreement 3 --steps 2800 --lr 5e-4 --seed 3",  # as from all, so from a part
         ],
-        "diffmask": [
-            f"{TOLD} --alpha 1.15 --alpha_min 1.15 --max_steps 800",
-            f"{TOLD} --max_steps 60 --start_from {{runs}}/cifar10/diffmask-0",  # at a slightly lower price
-        ],
+        "diffmask": [f"{TOLD} --alpha 1.5 --alpha_min 1.5"],
         # the dial of notebook 05
-        "diffmask-eps-0.03": [f"{TOLD} --eps 0.03 --alpha 1.15 --alpha_min 1.15 --max_steps 800"],
-        "diffmask-eps-0.3": [f"{TOLD} --eps 0.3 --alpha_min 0.2 --max_steps 800"],
+        "diffmask-eps-0.03": [f"{TOLD} --eps 0.03 --alpha 1.5 --alpha_min 1.5"],
+        "diffmask-eps-0.3": [f"{TOLD} --eps 0.3 --alpha 0.6 --alpha_min 0.2"],
         # the paper's gates, which are told nothing
         "diffmask-votes": [
             f"{PHOTOS} --max_steps 1500 --seed 0",

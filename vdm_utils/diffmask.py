@@ -15,9 +15,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from vdm_utils.checkpoints import load_saved, refuse_misfits, save_classifier, write_checksums
-from vdm_utils.errors import VDMError
+from vdm_utils.errors import VDMError, check_integer
 from vdm_utils.gates import (
     MARGIN_START,
+    OPEN_START,
     RANK_START,
     GateNetwork,
     HardConcrete,
@@ -41,15 +42,16 @@ class VisionDiffMaskConfig(PreTrainedConfig):
     """Everything needed to rebuild a `VisionDiffMask` around its base.
 
     Args:
-        hidden_size, num_gates: d and K of the base (set by `VisionDiffMask.for_classifier`).
+        hidden_size: d of the base (set by `VisionDiffMask.for_classifier`).
+        num_gates: K; they look at the first K hidden states of the base, at all of them by default.
         eps: ε, the KL in nats that a masked image may cost.
         kl_quantile: which quantile of a batch's KL the multipliers hold at ε; 0 means the mean, as in the paper.
         mul_activation, add_activation: log_alpha = mul · tanh(·) + add.
         temperature, low, high: of the hard concrete distribution.
         normalize, zero_start: LayerNorm on gate inputs; last gate layer starts at zero, so every gate starts at `add`.
         herding_layer: gates that look at this state or a later one also see each patch's rank in it (`herding_ranks`); −1: none do.
-        keep_class: a picture whose class could change for less than ε has to keep that instead (`kl_to_change`), and all gates
-            see how sure the class is.
+        keep_class: a picture whose class could change for less than ε has to keep that instead (`kl_to_change`), and the gates
+            that see ranks, or else all, see how sure the class is.
         no_placeholder: replace by zeros instead of a learned vector.
         alpha, alpha_min, alpha_max, log_multiplier: start and bounds of the multipliers, and whether ρ = log α is learned.
         base_name_or_path, base_fingerprint: which classifier this explains; a path is relative to the saved folder.
@@ -155,6 +157,8 @@ class VisionDiffMask(PreTrainedModel):
             GateNetwork(d, *activation, config.normalize, config.zero_start, self._hints_of_gate(k))
             for k in range(config.num_gates)
         )
+        for gate in self.gates[: max(0, config.herding_layer)]:
+            nn.init.constant_(gate.outer.bias, OPEN_START)
         self.placeholder = None
         if not config.no_placeholder:
             self.placeholder = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, d))[0])
@@ -171,21 +175,23 @@ class VisionDiffMask(PreTrainedModel):
 
     def _hints_of_gate(self, k: int) -> list[float]:
         """What gate k is told beside states, by its weight at the start: the margin of the class, the rank of the patch."""
-        config = self.config
-        return [MARGIN_START] * config.keep_class + [RANK_START] * (0 <= config.herding_layer <= k)
+        if k < self.config.herding_layer:
+            return []  # a gate that knew the margin but no ranks would close for every picture that the classifier is sure of
+        return [MARGIN_START] * self.config.keep_class + [RANK_START] * (self.config.herding_layer >= 0)
 
     @classmethod
     def for_classifier(cls, model: PreTrainedModel, **config) -> VisionDiffMask:
         """A fresh `VisionDiffMask` around `model`; keyword arguments are those of `VisionDiffMaskConfig`."""
         view = PatchView(model)
         where = "VisionDiffMask.for_classifier"
-        own = {"hidden_size": view.hidden_size, "num_gates": view.num_states}
         known = VisionDiffMaskConfig().to_dict()
         for key in config:
-            if key not in known or key in own:
+            if key not in known or key == "hidden_size":
                 raise VDMError(f"unknown setting {key!r}", where=where, expected="a field of VisionDiffMaskConfig other than "
-                               "those that the classifier sets", got=key, fix="check the spelling, or leave it out")  # fmt: skip
-        settings = VisionDiffMaskConfig(**own, **config)
+                               "the one that the classifier sets", got=key, fix="check the spelling, or leave it out")  # fmt: skip
+        config = {"num_gates": view.num_states} | config
+        check_integer("num_gates", config["num_gates"], 1, view.num_states, where)
+        settings = VisionDiffMaskConfig(hidden_size=view.hidden_size, **config)
         check_numbers(settings, where)
         diffmask = cls(settings)
         name = str(model.name_or_path or "")  # of a folder the whole path: the working folder may change

@@ -107,6 +107,9 @@ def prob_nonzero(
 # how much a gate listens to hints before training. Without a start it does not learn to: what an order is worth shows only when
 # most patches follow it
 MARGIN_START, RANK_START = -0.8, 1.0
+# gates before the state of the ranks start wide open (this bias of the last layer). Of patches that are kept, the least certain vote
+# decides which comes first: at their usual start such gates, which know nothing yet, would have the word
+OPEN_START = 3.0
 
 
 class GateNetwork(nn.Module):

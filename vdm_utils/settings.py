@@ -14,7 +14,7 @@ from vdm_utils.errors import VDMError, unknown_name
 
 # name: (lowest allowed, first not allowed)
 LIMITS = {
-    "seed": (0, 2**32), "batch_size": (1, 2**20), "num_workers": (0, 1024), "num_epochs": (1e-9, 1e9), "log_every_n_steps": (1, 2**32),
+    "seed": (0, 2**32), "batch_size": (1, 2**20), "num_gates": (0, 10**6), "num_workers": (0, 1024), "num_epochs": (1e-9, 1e9), "log_every_n_steps": (1, 2**32),
     "warmup_steps": (0, 2**32), "gate_warmup_steps": (0, 2**32), "patience": (1, 2**32), "lr": (0, 1e3), "weight_decay": (0, 1e3),
     "sample_images": (0, 2**20), "refine": (0, 2**20), "fit": (0, 10**4), "block_size": (1, 2**10), "shortcut": (0, 1.001), "patch_dropout": (0, 1), "patch_masking": (0, 1.001), "empty_cells": (0, 1.001), "adam_beta2": (0, 1), "lr_decay": (0, 1.001), "last_layer_share": (0, 1.001), "block_share": (0, 1.001),
 }  # fmt: skip
@@ -168,6 +168,7 @@ class DiffMaskSettings(RunSettings):
     add_activation: float = option(8.0, "log_alpha = mul · tanh(·) + add")
     normalize: bool = option(False, "LayerNorm, without weights, on the inputs of the gates")
     zero_start: bool = option(False, "start the last layer of every gate at zero")
+    num_gates: int = option(0, "gates, on the first so many hidden states; 0: one on each")
     herding_layer: int = option(
         -1, "hidden state in which patches are ranked by kernel herding, for the gates from there on; -1: no ranks"
     )
@@ -188,13 +189,13 @@ class DiffMaskSettings(RunSettings):
         """Keyword arguments for `VisionDiffMask.for_classifier`."""
         names = ("alpha", "alpha_min", "alpha_max", "log_multiplier", "eps", "kl_quantile", "mul_activation", "add_activation",
                  "normalize", "zero_start", "herding_layer", "keep_class", "no_placeholder")  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | ({"num_gates": self.num_gates} if self.num_gates else {})
 
     def validate(self) -> None:
         """Raise `VDMError` for a number that no training run can use."""
         super().validate()
-        gates = 10**6  # how many there will be depends on the base: that is checked with it
-        check_numbers(VisionDiffMaskConfig(num_gates=gates, **self.config()), "training settings")
+        unknown = {"num_gates": 10**6}  # how many there can be depends on the base: that is checked with it
+        check_numbers(VisionDiffMaskConfig(**unknown | self.config()), "training settings")
 
 
 @dataclass
