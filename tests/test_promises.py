@@ -140,8 +140,12 @@ def test_the_short_sentences_say_what_the_long_ones_do():
     step, mask, *_ = rows(claim("Cost"))
     told = re.search(r"costs ([\d.]+) .* a mask ([\d.]+) .*: ([\d.]+) and ([\d.]+)\)", text).groups()
     assert told == (step[1], mask[1], step[2], mask[2])
-    (half,) = [row[1] for row in rows(claim("Cost")) if row[0] == "CIFAR-10, 3 of 6 layers"]
-    assert f"gates that are told nothing say as much for {half}: the pass can be left half-way" in text
+    cost = {row[0].removeprefix("CIFAR-10, "): row[1] for row in rows(claim("Cost")) if row[0].startswith("CIFAR-10, ")}
+    assert (
+        f"On CIFAR-10 a mask costs {cost['the mask that ships']}, and attention rollout {cost['attention rollout']};"
+        in text
+    )
+    assert f"gates that are told nothing say as much for {cost['3 of 6 layers']}: the pass can be left half-way" in text
     shares = re.search(
         r"keep (\d+) % of a picture, where random patches need (\d+) % and a chessboard (\d+) %", text
     ).groups()

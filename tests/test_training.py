@@ -486,7 +486,8 @@ def test_no_option_is_lost_on_its_way():
     """What a command line and the settings of a DiffMask, or the arguments of `load_data`, share by name reaches them."""
     config = VisionDiffMaskConfig().to_dict()
     chosen = {name for name in vars(settings(DiffMaskSettings)) if name in config}
-    assert set(settings(DiffMaskSettings).config()) == chosen and "kl_quantile" in chosen
+    assert set(settings(DiffMaskSettings, num_gates=2).config()) == chosen and "kl_quantile" in chosen
+    assert set(settings(DiffMaskSettings).config()) == chosen - {"num_gates"}  # 0: as many as the classifier has states
     for kind in (ClassifierSettings, DiffMaskSettings):
         wanted = {name for name in inspect.signature(load_data).parameters if hasattr(settings(kind), name)}
         assert wanted <= set(settings(kind).data_options()) and "shortcut" in wanted
