@@ -1,6 +1,6 @@
 """Do gates that differ in their seed alone keep the same patches of a photograph? `python benchmarks/stability.py`
 
-DiffMasks of the CIFAR-10 classifier, trained with the first command of its card and one seed each (ten minutes apiece; an
+DiffMasks of the CIFAR-10 classifier, trained with the command of its card and one seed each (six minutes apiece; an
 interrupted one goes on from its last checkpoint, a finished one is loaded). What each keeps and breaks, and for every pair the
 IoU of their masks, as shown and cut to fit, beside that of random masks of the same sizes, and the rank correlation of their scores.
 """
