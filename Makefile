@@ -8,7 +8,8 @@ CELL_TIMEOUT := 600
 # make a small model hardly faster, and on a machine that does something else, many times slower
 WORKERS ?= 2
 ONE := OMP_NUM_THREADS=1
-PYTEST := $(ONE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := $(ONE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=25 --durations-min=5
+NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=$(CELL_TIMEOUT) $(NOTEBOOKS)
 
 .PHONY: setup run lab test lint unit nbval planted colab first-hour checkpoints benchmarks clean
 
@@ -26,17 +27,19 @@ run: setup  ## execute every notebook and write build/*.ipynb, build/*.html and 
 lab: setup  ## open JupyterLab on the first notebook
 	$(BIN)/jupyter lab notebooks/01_toy_data.ipynb
 
-test: lint unit nbval  ## everything that CI runs
+# in one go, the longest files first: at the end no process waits long for another one
+test: lint  ## everything that CI runs
+	$(PYTEST) $(NBVAL) tests
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 unit: setup
-	$(PYTEST) --durations=25 --durations-min=5 tests
+	$(PYTEST) tests
 
 nbval: setup  ## execute every notebook and compare its outputs with the committed ones
-	$(PYTEST) --nbval --nbval-current-env --nbval-cell-timeout=$(CELL_TIMEOUT) $(NOTEBOOKS)
+	$(PYTEST) $(NBVAL)
 
 planted: setup  ## plant every fault of tests/planted/faults.toml in a copy; each has to turn its tests red
 	$(BIN)/python tests/planted/run.py
@@ -68,7 +71,7 @@ benchmarks: setup  ## measure the README's tables again, into runs/; hours. Thos
 	$(BIN)/python benchmarks/orders.py shapes --table runs/orders_shapes.csv
 	$(BIN)/python benchmarks/randomisation.py --table runs/randomisation.csv
 	$(BIN)/python benchmarks/deletion.py cifar10 --refine 50 --fills "mean colour" "token removal" noise --table runs/deletion_cifar10.csv
-	$(BIN)/python benchmarks/deletion.py cifar10 --part diffmask-votes --refine 50 --fills "mean colour" "token removal" noise --table runs/deletion_cifar10_votes.csv
+	$(BIN)/python benchmarks/deletion.py cifar10 --part diffmask-votes --refine 50 --starts gates --fills "mean colour" "token removal" noise --table runs/deletion_cifar10_votes.csv
 	$(BIN)/python benchmarks/refinement.py cifar10 --part diffmask-votes --images 60 --table runs/refinement_cifar10.csv
 	$(BIN)/python benchmarks/depths.py shapes cifar10 --table runs/depths.csv
 	$(BIN)/python benchmarks/oracle.py cifar10-count --table runs/oracle_cifar10.csv

@@ -3,7 +3,8 @@
 Patches of test images are replaced, by uniform noise as in the paper, in the order of each method, important ones first or
 last; every number is the mean over 29 points of the curve and over the images, with the half-width of a 95 % bootstrap interval
 over images. With more fills the methods are compared picture by picture as well: a win is one that holds under every fill.
-Refined masks are made with the placeholder, so it is the other fills that judge them. What the masks keep, and at what KL, is
+Refined masks are made with the placeholder, so it is the other fills that judge them; they begin with the gates, or from
+nothing. What the masks keep, and at what KL, is
 printed too, also of those that are cut to fit. A mask is a set and not an order; `--dial` makes one of the sets of every ε that
 ships for the task: their log-probabilities are added up.
 """
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--part", default="diffmask", help="which DiffMask of the task, as diffmask-votes")
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--refine", type=int, default=0, help="steps of every search of a refinement; 0: not measured")
+    parser.add_argument("--starts", nargs="+", default=["gates", "nothing"], choices=["gates", "nothing"])
     parser.add_argument("--dial", action="store_true", help="also the order that all ε together give")
     parser.add_argument("--fills", nargs="+", default=["noise"], choices=[*FILLS, "all"])
     parser.add_argument("--table", type=Path, help="CSV to write; …_pictures.csv and …_paired.csv go beside it")
@@ -43,9 +45,10 @@ def main() -> None:
     pictures, labels = batch["pixel_values"], batch["labels"]
     parts = pictures.split(100)
     shown = {"DiffMask": [diffmask.explain(part) for part in parts]}
-    if wanted.refine:
-        shown["DiffMask, refined"] = [refine(diffmask, part, wanted.refine) for part in parts]
-    ours = list(shown)[-1]
+    for start in wanted.starts if wanted.refine else []:
+        name = "DiffMask, refined" + " from nothing" * (start == "nothing")
+        shown[name] = [refine(diffmask, part, wanted.refine, from_nothing=start == "nothing") for part in parts]
+    ours = list(shown)[1:] or ["DiffMask"]
     facts = []
     # these have the order of the gates, so only what they keep is new
     cut = {"DiffMask, cut to fit": [cut_to_fit(diffmask, part) for part in parts]}
@@ -76,7 +79,7 @@ def main() -> None:
     paired = pd.concat(
         [
             paired_comparison(areas, method, other).assign(method=method, other=other)
-            for method in ([ours, "DiffMask, every ε"] if wanted.dial else [ours])
+            for method in ours + ["DiffMask, every ε"] * wanted.dial
             for other in ("Grad-CAM", "rollout", "random")
         ]
     )

@@ -161,10 +161,10 @@ def test_explain_shows_masks_that_were_checked(capsys, diffmask_run, tmp_path, w
 def test_explain_tells_the_class_of_the_masked_picture_and_passes_its_seed_on(
     capsys, diffmask_run, tmp_path, monkeypatch
 ):
-    seeds = []
+    passed = []
 
-    def other_class(diffmask, pixel_values, steps, seed):
-        seeds.append(seed)
+    def other_class(diffmask, pixel_values, steps, seed, from_nothing):
+        passed.append((steps, seed, from_nothing))
         shown = diffmask.explain(pixel_values)
         return dataclasses.replace(shown, masked_logits=shown.logits.roll(1, -1))
 
@@ -180,7 +180,9 @@ def test_explain_tells_the_class_of_the_masked_picture_and_passes_its_seed_on(
         "--refine",
         4,
     ]
-    assert run(capsys, *words, "--seed", 9, "--output_dir", tmp_path / "out")[0] == 0 and seeds == [9]
+    assert run(capsys, *words, "--seed", 9, "--output_dir", tmp_path / "out")[0] == 0
+    assert run(capsys, *words, "--from_nothing", "--output_dir", tmp_path / "other")[0] == 0
+    assert passed == [(4, 9, False), (4, 123, True)]
     for fact in json.loads((tmp_path / "out" / "explanations.json").read_text()):
         assert int(fact["class_of_masked"]) == (int(fact["class"]) + 1) % 10
 
@@ -566,6 +568,10 @@ MISTAKES = {  # name: (words, what the message has to contain)
     "cut and refined": (
         ["explain", "--diffmask_checkpoint", "MASK", "--dataset", "digits", "--fit", "8", "--refine", "5"],
         "these do not go together",
+    ),
+    "from nothing, and no search": (
+        ["explain", "--diffmask_checkpoint", "MASK", "--dataset", "digits", "--fit", "8", "--from_nothing"],
+        "nothing is searched for",
     ),
     "no such picture": (["explain", "--diffmask_checkpoint", "MASK", "--images", "none.png"], "none.png"),
     "not a picture": (["explain", "--diffmask_checkpoint", "MASK", "--images", "file"], "cannot be read"),

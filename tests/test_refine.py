@@ -9,7 +9,7 @@ from vdm_utils.errors import VDMError
 from vdm_utils.metrics import patch_iou, top_patches
 from vdm_utils.notebook import checkpoint
 from vdm_utils.objective import Multiplier, kl_divergence
-from vdm_utils.refine import PRICE, cut_to_fit, refine
+from vdm_utils.refine import PRICE, _search, cut_to_fit, refine
 from vdm_utils.vit import load_classifier
 
 
@@ -56,6 +56,23 @@ def test_gates_that_know_nothing(toy):
     assert_promise(diffmask, batch["pixel_values"], found)
     everything = patch_iou(torch.ones_like(found.mask), batch["truth"]).mean()
     assert found.kept.mean() < 0.85 and patch_iou(found.mask, batch["truth"]).mean() > everything + 0.05
+
+
+def test_from_nothing_the_gates_have_no_say(toy, monkeypatch):
+    """Gates that say the opposite change nothing, in start, scores or masks; and their smaller masks are not shown."""
+    diffmask, batch = toy
+    pictures, starts = batch["pixel_values"][:6], []
+    monkeypatch.setattr("vdm_utils.refine._search", lambda *a: starts.append(a[3].clone()) or _search(*a))
+    found = refine(diffmask, pictures, steps=30, searches=2, from_nothing=True)
+    assert_promise(diffmask, pictures, found)
+    assert len(starts) == 2 and all(start.shape == (6, 9) and (start == 0).all() for start in starts)
+    opposite = VisionDiffMask.from_pretrained(checkpoint("toy", "diffmask"))
+    for gate in opposite.gates:
+        gate.outer.weight.data.neg_()
+    other = refine(opposite, pictures, steps=30, searches=2, from_nothing=True)
+    assert torch.equal(found.scores, other.scores) and torch.equal(found.mask, other.mask)
+    worse = refine(diffmask, pictures, steps=1, searches=1, lr=1e-9, from_nothing=True)  # an order of no worth
+    assert worse.kept.mean() > diffmask.explain(pictures).kept.mean() + 0.1
 
 
 def test_an_epsilon_out_of_reach_keeps_everything_and_costs_more(toy, monkeypatch):

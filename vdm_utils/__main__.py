@@ -264,10 +264,15 @@ def explain(words: list[str]) -> dict:
     if len(taken) > 1:
         raise VDMError("these do not go together", where="explain", expected="one of --fit, --refine and --layer",
                        got=" ".join(taken), fix="leave the others out: a mask that is checked has no layers")  # fmt: skip
+    if chosen.from_nothing and not chosen.refine:
+        raise VDMError("nothing is searched for", where="explain", expected="--from_nothing beside --refine",
+                       got="no --refine", fix="add --refine 50")  # fmt: skip
     if chosen.fit:
         shown = cut_to_fit(diffmask, batch["pixel_values"], chosen.fit)
     elif chosen.refine:
-        shown = refine(diffmask, batch["pixel_values"], chosen.refine, seed=chosen.seed)
+        shown = refine(
+            diffmask, batch["pixel_values"], chosen.refine, seed=chosen.seed, from_nothing=chosen.from_nothing
+        )
     else:
         shown = diffmask.explain(batch["pixel_values"], chosen.layer)  # on the device of a model that was just loaded
     before, after = (logits.argmax(-1).tolist() for logits in (shown.logits, shown.masked_logits))

@@ -214,6 +214,7 @@ class ExplainSettings(DataSettings):
     refine: int = option(
         0, "search from the gates on, eight times so many steps, for each picture by itself; 0: show what the gates say"
     )
+    from_nothing: bool = option(False, "refine without the gates: a better order, a larger mask; needs --refine")
 
 
 # from scratch on two CPU cores; measured in benchmarks/toy_recovery.py
