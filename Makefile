@@ -67,12 +67,13 @@ benchmarks: setup  ## measure the README's tables again, into runs/; hours. Thos
 	$(BIN)/python benchmarks/oracle.py toy shapes digits-count --table runs/oracle.csv
 	$(BIN)/python benchmarks/deletion.py shapes --fills all --dial --table runs/deletion_shapes.csv
 	$(BIN)/python benchmarks/refinement.py shapes --images 100 --seeds 2 --eps 0.1 --table runs/refinement_shapes.csv
+	$(BIN)/python benchmarks/refinement.py shapes --from_nothing --images 100 --seeds 2 --eps 0.1 --table runs/refinement_shapes_nothing.csv
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/orders.py shapes --table runs/orders_shapes.csv
 	$(BIN)/python benchmarks/randomisation.py --table runs/randomisation.csv
 	$(BIN)/python benchmarks/deletion.py cifar10 --refine 50 --fills "mean colour" "token removal" noise --table runs/deletion_cifar10.csv
 	$(BIN)/python benchmarks/deletion.py cifar10 --part diffmask-votes --refine 50 --starts gates --fills "mean colour" "token removal" noise --table runs/deletion_cifar10_votes.csv
-	$(BIN)/python benchmarks/refinement.py cifar10 --part diffmask-votes --images 60 --table runs/refinement_cifar10.csv
+	$(BIN)/python benchmarks/refinement.py cifar10 --from_nothing --images 60 --table runs/refinement_cifar10.csv
 	$(BIN)/python benchmarks/depths.py shapes cifar10 --table runs/depths.csv
 	$(BIN)/python benchmarks/oracle.py cifar10-count --table runs/oracle_cifar10.csv
 	$(BIN)/python benchmarks/counting.py cifar10-count --table runs/counting_cifar10.csv
