@@ -8,9 +8,7 @@ CELL_TIMEOUT := 600
 # make a small model hardly faster, and on a machine that does something else, many times slower
 WORKERS ?= 2
 ONE := OMP_NUM_THREADS=1
-# a test waits as often as it computes (for a browser, a kernel, a process that was killed), so one more than there are cores
-TESTERS ?= 3
-PYTEST := $(ONE) $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder --durations=25 --durations-min=5
+PYTEST := $(ONE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=25 --durations-min=5
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=$(CELL_TIMEOUT) $(NOTEBOOKS)
 
 .PHONY: setup run lab test lint unit nbval planted colab first-hour checkpoints benchmarks clean
