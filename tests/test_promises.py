@@ -321,6 +321,12 @@ def test_searches_from_nothing_lead_by_what_the_readme_says():
     leads = table.loc[["DiffMask, refined from nothing", "DiffMask, refined"]]
     assert list(leads["direction"]) == 2 * ["important first", "unimportant first"]
     assert all(map(agrees, re.search(pattern, flat(claim("CIFAR-10"))).groups(), leads["difference"]))
+    kept = pd.read_csv(ROOT / "benchmarks" / "results" / "deletion_cifar10_pictures.csv").groupby("method")["kept"]
+    assert "one picture in eight, of which searches from nothing keep more than half; the median is an eighth" in flat(
+        claim("CIFAR-10")
+    )
+    assert 1 / 9 < (kept.get_group("DiffMask, refined from nothing") > 0.5).mean() < 1 / 7
+    assert set(kept.median()[["DiffMask, refined", "DiffMask, refined from nothing"]]) == {1 / 8}
 
 
 def test_refinement_gains_and_costs_what_the_readme_says():
