@@ -27,7 +27,7 @@ run: setup  ## execute every notebook and write build/*.ipynb, build/*.html and 
 lab: setup  ## open JupyterLab on the first notebook
 	$(BIN)/jupyter lab notebooks/01_toy_data.ipynb
 
-# in one go, the longest files first: at the end no process waits long for another one
+# in one go, notebooks first, which take longest: at the end no process waits long for another one
 test: lint  ## everything that CI runs
 	$(PYTEST) $(NBVAL) tests
 

@@ -3,10 +3,9 @@
 Patches of test images are replaced, by uniform noise as in the paper, in the order of each method, important ones first or
 last; every number is the mean over 29 points of the curve and over the images, with the half-width of a 95 % bootstrap interval
 over images. With more fills the methods are compared picture by picture as well: a win is one that holds under every fill.
-Refined masks are made with the placeholder, so it is the other fills that judge them; they begin with the gates, or from
-nothing. What the masks keep, and at what KL, is
-printed too, also of those that are cut to fit. A mask is a set and not an order; `--dial` makes one of the sets of every ε that
-ships for the task: their log-probabilities are added up.
+Refined masks are made with the placeholder, so it is the other fills that judge them; their searches begin with the gates, and
+with nothing (`--starts`). What the masks keep, and at what KL, is printed too, also of those that are cut to fit. A mask is a set
+and not an order; `--dial` makes one of the sets of every ε that ships for the task: their log-probabilities are added up.
 """
 
 from __future__ import annotations
@@ -35,7 +34,9 @@ def main() -> None:
     parser.add_argument("--part", default="diffmask", help="which DiffMask of the task, as diffmask-votes")
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--refine", type=int, default=0, help="steps of every search of a refinement; 0: not measured")
-    parser.add_argument("--starts", nargs="+", default=["gates", "nothing"], choices=["gates", "nothing"])
+    parser.add_argument(
+        "--starts", nargs="+", default=["gates", "nothing"], choices=["gates", "nothing"], help="of the refinement"
+    )
     parser.add_argument("--dial", action="store_true", help="also the order that all ε together give")
     parser.add_argument("--fills", nargs="+", default=["noise"], choices=[*FILLS, "all"])
     parser.add_argument("--table", type=Path, help="CSV to write; …_pictures.csv and …_paired.csv go beside it")

@@ -1,8 +1,8 @@
 """What refining a mask for one picture gains and costs: `python benchmarks/refinement.py cifar10`, and `shapes`.
 
 Refined with every ε and with several seeds, on the same test images: what is kept, at what KL, and how much the masks of the
-seeds agree (patch IoU, beside that of masks of the same sizes at random places, and the rank correlation of their orders). Where the object is known (shapes), the IoU with
-the patches that touch it too. The first rows are what the gate networks say.
+seeds agree (patch IoU, beside that of masks of the same sizes at random places, and the rank correlation of their orders). Where
+the object is known (shapes), the IoU with the patches that touch it too. The first rows are what the gate networks say.
 """
 
 from __future__ import annotations

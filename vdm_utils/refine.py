@@ -102,7 +102,8 @@ def refine(
     holds for every picture, at worst with everything kept.
 
     Searches that begin at the same mask end near it and near each other: a small set. Those that begin with every patch as
-    likely as any other end far apart, and a patch that is found by most of them is one that the classifier reads: an order.
+    likely as any other end far apart, and a patch that is found by most of them is one that the classifier reads: an order. They
+    get lost where few masks are enough (shapes), because half of the patches at random cost too much there to begin with.
 
     Args:
         steps: of each search.

@@ -214,7 +214,9 @@ class ExplainSettings(DataSettings):
     refine: int = option(
         0, "search from the gates on, eight times so many steps, for each picture by itself; 0: show what the gates say"
     )
-    from_nothing: bool = option(False, "refine without the gates: a better order, a larger mask; needs --refine")
+    from_nothing: bool = option(
+        False, "search from equal chances, not from the gates: for an order where many masks do; needs --refine"
+    )
 
 
 # from scratch on two CPU cores; measured in benchmarks/toy_recovery.py
