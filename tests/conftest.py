@@ -34,7 +34,7 @@ COMMON = words("--batch_size 256 --num_workers 0 --max_steps 12 --log_every_n_st
 # 5 steps are an epoch of digits: 12 steps see the data order of three epochs, and checkpoint 8 lies inside the second
 BASE = words("train-base --dataset digits --patch_size 8 --lr 1e-2 --patience 9") + COMMON
 # warm-up, Adam's moments and a large lr: a resumed run that lost any of them would be elsewhere after four steps
-DIFFMASK = words("train --dataset digits --lr 1e-2 --gate_warmup_steps 10 --sample_images 2 --eps 0.001") + COMMON
+DIFFMASK = words("train --dataset digits --lr 1e-2 --gate_warmup_steps 10 --sample_images 1 --eps 0.001") + COMMON
 DIFFMASK += words("--lr_alpha 3 --weighted_layer_distribution")
 
 
