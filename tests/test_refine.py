@@ -89,12 +89,12 @@ def test_an_epsilon_out_of_reach_keeps_everything_and_costs_more(toy, monkeypatc
 
 def test_epsilon_is_a_dial():
     diffmask = VisionDiffMask.from_pretrained(checkpoint("digits", "diffmask"))
-    pictures = load_data("digits", "validation").batch(range(16))["pixel_values"]
-    found = {eps: refine(diffmask, pictures, 30, 3, eps=eps) for eps in (0.01, 0.1, 0.5)}
+    pictures = load_data("digits", "validation").batch(range(8))["pixel_values"]
+    found = {eps: refine(diffmask, pictures, 20, 2, eps=eps) for eps in (0.01, 0.1, 0.5)}
     assert all((one.kl <= eps).all() for eps, one in found.items()) and (found[0.5].kl > 0.1).any()
     kept = [one.kept.mean() for one in found.values()]
     assert kept[0] > kept[1] >= kept[2]
-    default = refine(diffmask, pictures, 30, 3)
+    default = refine(diffmask, pictures, 20, 2)
     assert diffmask.config.eps == 0.1 and torch.equal(default.mask, found[0.1].mask)
     for eps in (0, -1, float("nan"), float("inf"), "0.1"):
         with pytest.raises(VDMError, match="eps is out of range"):
@@ -142,10 +142,10 @@ def test_a_patch_is_ranked_by_how_often_it_was_found(toy, monkeypatch):
 
 def test_searches_differ_and_their_mean_less():
     diffmask = VisionDiffMask.from_pretrained(checkpoint("digits", "diffmask"))
-    pictures = load_data("digits", "validation").batch(range(16))["pixel_values"]
+    pictures = load_data("digits", "validation").batch(range(8))["pixel_values"]
     agreement = {}
     for searches in (1, 4):
-        first, second = (refine(diffmask, pictures, 30, searches, seed=seed).scores.exp() for seed in (0, 1))
+        first, second = (refine(diffmask, pictures, 20, searches, seed=seed).scores.exp() for seed in (0, 1))
         agreement[searches] = (first - second).abs().mean().item()
     assert 0 < agreement[4] < 0.75 * agreement[1]
 

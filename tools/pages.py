@@ -70,9 +70,8 @@ def execute(path: Path, timeout: int) -> tuple[nbformat.NotebookNode, float]:
     notebook, start = nbformat.read(path, as_version=4), time.perf_counter()
     place = {"metadata": {"path": str(path.parent)}}
     quiet = ["--IPKernelApp.log_level=ERROR"]  # newer kernels warn of their own transport, once per notebook
-    NotebookClient(
-        notebook, timeout=timeout, kernel_name="python3", resources=place, extra_arguments=quiet, record_timing=False
-    ).execute()
+    options = {"resources": place, "extra_arguments": quiet, "record_timing": False, "coalesce_streams": True}
+    NotebookClient(notebook, timeout=timeout, kernel_name="python3", **options).execute()
     return notebook, time.perf_counter() - start
 
 
