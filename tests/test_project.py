@@ -248,6 +248,12 @@ def test_training_what_ships_goes_on_where_it_was_killed(tmp_path, monkeypatch, 
     assert make("--resume") == resumed and not commands  # all stages are finished
 
 
+def with_few_pictures(distil, monkeypatch):
+    """The tool, on splits of 300 pictures."""
+    monkeypatch.setattr(distil, "load_data", lambda *args, **options: load_data(*args, **options, length=300))
+    return distil
+
+
 SCHOOLS = {"pictures": [], "twice": ["--agreement", 3], "grids": ["--grid_size", 2, "--class_idx", 3]}
 
 
@@ -261,7 +267,7 @@ def test_a_vit_learns_from_a_convolutional_teacher(tmp_path, monkeypatch, capsys
     words += ["--teacher_steps", 2, "--steps", 4, "--halved", 2, *school]
     counting = "--grid_size" in school
     monkeypatch.setattr("sys.argv", ["distil.py", *map(str, words)])
-    load_tool("distil").main()
+    with_few_pictures(load_tool("distil"), monkeypatch).main()
     assert 0 <= json.loads(capsys.readouterr().out)["eval_accuracy"] <= 1  # nothing else is printed there
     end = load_classifier(tmp_path / "end")
     weights, before = end.state_dict(), start.state_dict()
@@ -270,6 +276,55 @@ def test_a_vit_learns_from_a_convolutional_teacher(tmp_path, monkeypatch, capsys
     assert end.config._attn_implementation == "sdpa"
     assert (end.config.image_size, end.config.num_labels) == ((64, 5) if counting else (32, 10))
     assert not counting or end.config.id2label == load_data("shapes_QA", "test", grid_size=2, class_idx=3).id2label
+
+
+def test_an_interrupted_school_ends_as_one_that_was_not(tmp_path, monkeypatch, capsys):
+    """Killed in the second step of the teacher, then in the third of the classifier, which is the first with blank patches."""
+    distil, calls = with_few_pictures(load_tool("distil"), monkeypatch), []
+    rate, dies_at = distil.learning_rate, 0
+
+    def counted(*args):
+        calls.append(args)
+        if len(calls) == dies_at:
+            raise KeyboardInterrupt
+        return rate(*args)
+
+    def school(folder, *words):
+        words = ["--output_dir", tmp_path / folder, "--dataset", "shapes", "--teacher_steps", 2, "--steps", 4, *words]
+        words = ["--from_pretrained", tmp_path / "start", "--halved", 2, *words]
+        monkeypatch.setattr("sys.argv", ["distil.py", *map(str, words)])
+        calls.clear()
+        distil.main()
+
+    monkeypatch.setattr(distil, "learning_rate", counted)
+    monkeypatch.setattr(distil, "BATCH", 16)
+    monkeypatch.setattr(distil, "BOOKMARK_EVERY", 1)
+    monkeypatch.setattr(distil, "evaluate_classifier", lambda model, data: {})
+    save_classifier(build_classifier("vit", "tiny", image_size=32, patch_size=4, num_labels=10), tmp_path / "start")
+    school("whole")
+    for at, left in ((2, ["teacher.bookmark"]), (1 + 2 * 2 + 1, ["student.bookmark", "teacher.bookmark"])):
+        dies_at = at
+        with pytest.raises(KeyboardInterrupt):
+            school("resumed", "--resume")
+        assert sorted(path.name for path in (tmp_path / "resumed").iterdir()) == left
+    dies_at = 0
+    school("resumed", "--resume")
+    assert len(calls) == 2 * 2  # two learning rates in each of the two last steps
+    whole, resumed = (load_classifier(tmp_path / name).state_dict() for name in ("whole", "resumed"))
+    assert all(resumed[name].equal(weight) for name, weight in whole.items())
+    files = {folder: sorted(path.name for path in (tmp_path / folder).iterdir()) for folder in ("whole", "resumed")}
+    assert files["whole"] == files["resumed"] and "model.safetensors" in files["whole"]
+    assert not any("bookmark" in name or "half" in name for name in files["whole"])
+
+
+def test_batches_of_a_resumed_school_are_those_that_were_left(toy):
+    """Three of 32 are an epoch, and every epoch has its own order."""
+    distil = load_tool("distil")
+    whole, left = (
+        [batch["pixel_values"] for batch in itertools.islice(distil.batches(toy, 0, 32, skip), count)]
+        for skip, count in ((0, 8), (5, 3))
+    )
+    assert all(map(torch.equal, whole[5:], left)) and not torch.equal(whole[0], whole[3])
 
 
 def test_patches_are_missing_from_the_second_of_two_views():

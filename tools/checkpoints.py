@@ -5,7 +5,7 @@ of digits-count/diffmask-complement found the mirror image once, and the counted
     python tools/checkpoints.py            # all of them; hours on two CPU cores, nearly all of them for cifar10
     python tools/checkpoints.py toy        # one task
     python tools/checkpoints.py --resume   # go on after an interruption: finished stages are kept, and one that is not goes
-                                           # on from its last checkpoint (of tools/distil.py from its start)
+                                           # on from its last checkpoint
 
 Each part is copied from its run folder with a `card.json`: command, data, seconds, metrics, fingerprint. The seconds of a
 resumed stage are those since then.
@@ -207,8 +207,10 @@ def main() -> None:
             finished = folder / "finished.json"
             if not finished.exists():
                 command = [sys.executable, *program.split(), *shlex.split(words), "--output_dir", str(folder)]
-                if wanted.resume and program == "-m vdm_utils":
-                    command += ["--checkpoint" if words.startswith("train-base ") else "--diffmask_checkpoint", "last"]
+                if wanted.resume:
+                    command += {"train-base": ["--checkpoint", "last"], "train": ["--diffmask_checkpoint", "last"]}.get(
+                        words.split()[0], ["--resume"]
+                    )
                 start = time.perf_counter()
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 facts = {"seconds": time.perf_counter() - start, "metrics": json.loads(done.stdout)}

@@ -17,6 +17,8 @@ With `--grid_size` the ViT learns to count the pictures of one class in a grid. 
 what it thinks of each makes a distribution of counts; the tokens of a cell learn to tell whether theirs is counted. A classifier
 of single pictures becomes a counter, its positions repeated in every cell. Nothing is blanked here but whole cells: a counter
 that could do without any patch would have no use for one cell more than for another.
+
+With `--resume` an interrupted school goes on from its last bookmark, every 200 steps, to the same end.
 """
 
 from __future__ import annotations
@@ -24,11 +26,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate.data_loader import skip_first_batches
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -40,6 +45,7 @@ from vdm_utils.training import ClassifierSettings, evaluate_classifier, plain_at
 from vdm_utils.vit import PatchView
 
 BATCH = 128
+BOOKMARK_EVERY = 200  # steps
 
 
 class Block(nn.Sequential):
@@ -72,11 +78,42 @@ class Teacher(nn.Module):
         return self.head(features.mean((2, 3))), features
 
 
-def batches(data: Pictures, seed: int, size: int = BATCH) -> Iterator[dict[str, torch.Tensor]]:
-    """Shuffled batches without end; every epoch is augmented anew."""
+def batches(data: Pictures, seed: int, size: int, skip: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Shuffled batches without end, but for the first `skip`; every epoch is augmented anew."""
     generator = torch.Generator().manual_seed(seed)
     for data.epoch in itertools.count():
-        yield from DataLoader(data, size, shuffle=True, drop_last=True, generator=generator)
+        epoch = DataLoader(data, size, shuffle=True, drop_last=True, generator=generator)
+        skipped = min(skip, len(epoch))
+        skip -= skipped
+        yield from skip_first_batches(epoch, skipped)
+
+
+class Bookmark:
+    """How far a training has come, in a file: one that was interrupted goes on from there, to the same end.
+
+    `parts` are what changes on the way: modules, and their optimizer.
+    """
+
+    def __init__(self, file: Path, **parts: nn.Module | torch.optim.Optimizer):
+        self.file, self.parts, self.step = file, parts, 0
+        if file.exists():
+            saved = torch.load(file, weights_only=True)
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            torch.set_rng_state(saved["random state"])
+            self.step = saved["step"]
+            print(f"{file}: goes on after step {self.step}", file=sys.stderr)
+
+    def steps(self, data: Pictures, steps: int, seed: int, size: int = BATCH) -> Iterator[tuple[int, dict]]:
+        """The steps that are left, each with its batch."""
+        left = itertools.islice(batches(data, seed, size, self.step), steps - self.step)
+        for step, batch in enumerate(left, self.step):
+            yield step, batch
+            if (step + 1) % BOOKMARK_EVERY == 0 or step + 1 == steps:
+                saved = {name: part.state_dict() for name, part in self.parts.items()}
+                half = self.file.with_suffix(".half")  # the old bookmark stays until the new one is whole
+                torch.save(saved | {"random state": torch.get_rng_state(), "step": step + 1}, half)
+                os.replace(half, self.file)
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
@@ -85,11 +122,11 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     return peak * min((step + 1) / warmup, (steps - step) / (steps - warmup))
 
 
-def train_teacher(data: Pictures, steps: int, seed: int) -> Teacher:
+def train_teacher(data: Pictures, steps: int, seed: int, file: Path) -> Teacher:
     torch.manual_seed(seed)
     teacher = Teacher()
     optimizer = torch.optim.SGD(teacher.parameters(), momentum=0.9, nesterov=True, weight_decay=5e-4)
-    for step, batch in enumerate(itertools.islice(batches(data, seed), steps)):
+    for step, batch in Bookmark(file, teacher=teacher, optimizer=optimizer).steps(data, steps, seed):
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, steps // 5, 0.2)
         with torch.autocast("cpu", torch.bfloat16):
             logits, _ = teacher(batch["pixel_values"])
@@ -205,7 +242,7 @@ def grid_loss(
     return count + F.binary_cross_entropy_with_logits(read, counted)
 
 
-def teach(model: nn.Module, teacher: Teacher, data: Pictures, wanted: argparse.Namespace) -> None:
+def teach(model: nn.Module, teacher: Teacher, data: Pictures, wanted: argparse.Namespace, file: Path) -> None:
     """Train `model` in place; single pictures with half of their patches in the first `halved` steps, which costs half as much,
     or, for `agreement`, all of them twice."""
     steps, seed, agreement = wanted.steps, wanted.seed, wanted.agreement
@@ -222,7 +259,8 @@ def teach(model: nn.Module, teacher: Teacher, data: Pictures, wanted: argparse.N
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
     views = 2 if agreement else 1
-    for step, batch in enumerate(itertools.islice(batches(data, seed, BATCH // side**2 // views), steps)):
+    bookmark = Bookmark(file, model=model, guides=guides, reader=reader, optimizer=optimizer)
+    for step, batch in bookmark.steps(data, steps, seed, BATCH // side**2 // views):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, 100, wanted.lr)
         pixel_values, labels = batch["pixel_values"], batch["labels"]
@@ -277,6 +315,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--grid_size", type=int, default=1, help="cells per side of the grids to count in")
     parser.add_argument("--class_idx", type=int, default=1, help="the class that is counted")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on where the last call was interrupted")
     wanted = parser.parse_args(words)
     if wanted.agreement and wanted.grid_size > 1:
         parser.error("--agreement is for single pictures: a counter that can do without a cell has no use for it")
@@ -287,7 +326,12 @@ def main() -> None:
     wanted = parse(sys.argv[1:])
     names, side = ("flip", "shift"), wanted.grid_size
     pictures, validation = (load_data(wanted.dataset, split, augment=names) for split in ("train", "validation"))
-    teacher = train_teacher(pictures, wanted.teacher_steps, wanted.seed)
+    folder = Path(wanted.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    bookmarks = [folder / f"{name}.bookmark" for name in ("teacher", "student")]
+    for file in bookmarks if not wanted.resume else ():
+        file.unlink(missing_ok=True)
+    teacher = train_teacher(pictures, wanted.teacher_steps, wanted.seed, bookmarks[0])
     with torch.no_grad():
         right = [
             (teacher(b["pixel_values"])[0].argmax(1) == b["labels"]).float() for b in DataLoader(validation, BATCH)
@@ -303,8 +347,10 @@ def main() -> None:
     start = {"from_pretrained": wanted.from_pretrained, "image_size": train.image_size[0], "grid_size": side}
     model = new_classifier(ClassifierSettings(**start), train)
     with plain_attention(model, side == 1):  # the faster one where there are few patches
-        teach(model, teacher, train, wanted)
+        teach(model, teacher, train, wanted, bookmarks[1])
     save_classifier(model, wanted.output_dir)
+    for file in bookmarks:
+        file.unlink()
     print(json.dumps({f"eval_{key}": value for key, value in evaluate_classifier(model, validation).items()}))
 
 
