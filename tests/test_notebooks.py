@@ -144,8 +144,8 @@ def solution_after(notebook, grader):
     raise AssertionError("no folded solution after the grader")
 
 
-def run(*sources):
-    printed, scope = io.StringIO(), {"__name__": "exercise"}
+def run(scope, *sources):
+    printed = io.StringIO()
     with redirect_stdout(printed):
         for source in sources:
             exec(compile(source, "cell", "exec"), scope)
@@ -163,6 +163,7 @@ def test_solution_passes_and_stub_does_not(path, number):
     notebook = read(path)
     setup = "\n".join(c.source for c in tagged(notebook, "setup"))
     stub, grader = tagged(notebook, "exercise")[number].source, tagged(notebook, "grader")[number]
-    assert "passed" in run(setup, solution_after(notebook, grader), grader.source)
-    printed = run(setup, stub, grader.source)
+    scope = {"__name__": "exercise"}
+    printed = run(scope, setup, stub, grader.source)
     assert "not yet" in printed and "passed" not in printed
+    assert "passed" in run(scope, solution_after(notebook, grader), grader.source)

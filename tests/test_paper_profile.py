@@ -37,7 +37,7 @@ def fewer_steps():
 
     paper = PROFILES["paper"]
     steps = {"max_steps": 3, "log_every_n_steps": 2, "batch_size": 4, "num_workers": 0}
-    PROFILES["paper"] = replace(paper, counting=paper.counting | {"length": 200}, run_options=steps, curves=(10, 4))
+    PROFILES["paper"] = replace(paper, counting=paper.counting | {"length": 120}, run_options=steps, curves=(10, 4))
 
 
 fewer_steps()
@@ -165,7 +165,7 @@ def check_06(place, cells):
     """Section 8 has taught the Hub's classifier to count and explained it, once."""
     left = run(place, "06_counting_qa", cells)
     assert left["counted"] == "cat" and left["width"] == 32
-    assert left["pictures"] == [200, 3, 224, 224] and left["mask"] == [14, 14]
+    assert left["pictures"] == [120, 3, 224, 224] and left["mask"] == [14, 14]
     assert left["device"].startswith(PAPER.device)
     folder = place[0] / "runs" / "cifar10-count-paper"
     for part in ("base", "diffmask"):
