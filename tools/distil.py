@@ -34,6 +34,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate.data_loader import skip_first_batches
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -89,20 +90,38 @@ def batches(data: Pictures, seed: int, size: int, skip: int) -> Iterator[dict[st
 
 
 class Bookmark:
-    """How far a training has come, in a file: one that was interrupted goes on from there, to the same end.
+    """How far a training has come, in a safetensors file: one that was interrupted goes on from there, to the same end.
 
-    `parts` are what changes on the way: modules, and their optimizer.
+    What changes on the way are the modules and the moments of their optimizer; its learning rate is set in every step.
     """
 
-    def __init__(self, file: Path, **parts: nn.Module | torch.optim.Optimizer):
-        self.file, self.parts, self.step = file, parts, 0
+    def __init__(self, file: Path, optimizer: torch.optim.Optimizer, **modules: nn.Module):
+        self.file, self.optimizer, self.modules, self.step = file, optimizer, modules, 0
         if file.exists():
-            saved = torch.load(file, weights_only=True)
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
-            torch.set_rng_state(saved["random state"])
-            self.step = saved["step"]
+            saved: dict[str, dict] = {}
+            for name, value in load_file(file).items():
+                part, _, key = name.partition(".")
+                saved.setdefault(part, {})[key] = value
+            for name, module in modules.items():
+                module.load_state_dict(saved[name])
+            state: dict[int, dict] = {}
+            for name, value in saved["optimizer"].items():
+                number, _, key = name.partition(".")
+                state.setdefault(int(number), {})[key] = value
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+            torch.set_rng_state(saved["random state"][""])
+            self.step = int(saved["step"][""])
             print(f"{file}: goes on after step {self.step}", file=sys.stderr)
+
+    def save(self, step: int) -> None:
+        saved = {"step": torch.tensor(step), "random state": torch.get_rng_state()}
+        for name, module in self.modules.items():
+            saved |= {f"{name}.{key}": value.contiguous() for key, value in module.state_dict().items()}
+        for number, moments in self.optimizer.state_dict()["state"].items():
+            saved |= {f"optimizer.{number}.{key}": value.contiguous() for key, value in moments.items()}
+        half = self.file.with_suffix(".half")  # the old bookmark stays until the new one is whole
+        save_file(saved, half)
+        os.replace(half, self.file)
 
     def steps(self, data: Pictures, steps: int, seed: int, size: int = BATCH) -> Iterator[tuple[int, dict]]:
         """The steps that are left, each with its batch."""
@@ -110,10 +129,7 @@ class Bookmark:
         for step, batch in enumerate(left, self.step):
             yield step, batch
             if (step + 1) % BOOKMARK_EVERY == 0 or step + 1 == steps:
-                saved = {name: part.state_dict() for name, part in self.parts.items()}
-                half = self.file.with_suffix(".half")  # the old bookmark stays until the new one is whole
-                torch.save(saved | {"random state": torch.get_rng_state(), "step": step + 1}, half)
-                os.replace(half, self.file)
+                self.save(step + 1)
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
@@ -126,7 +142,7 @@ def train_teacher(data: Pictures, steps: int, seed: int, file: Path) -> Teacher:
     torch.manual_seed(seed)
     teacher = Teacher()
     optimizer = torch.optim.SGD(teacher.parameters(), momentum=0.9, nesterov=True, weight_decay=5e-4)
-    for step, batch in Bookmark(file, teacher=teacher, optimizer=optimizer).steps(data, steps, seed):
+    for step, batch in Bookmark(file, optimizer, teacher=teacher).steps(data, steps, seed):
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, steps // 5, 0.2)
         with torch.autocast("cpu", torch.bfloat16):
             logits, _ = teacher(batch["pixel_values"])
@@ -259,7 +275,7 @@ def teach(model: nn.Module, teacher: Teacher, data: Pictures, wanted: argparse.N
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
     views = 2 if agreement else 1
-    bookmark = Bookmark(file, model=model, guides=guides, reader=reader, optimizer=optimizer)
+    bookmark = Bookmark(file, optimizer, model=model, guides=guides, reader=reader)
     for step, batch in bookmark.steps(data, steps, seed, BATCH // side**2 // views):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, 100, wanted.lr)
