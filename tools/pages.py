@@ -85,7 +85,7 @@ def as_committed(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         if "image/png" in data:
             figure = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
             if figure.mode != "P":
-                figure.convert("RGB").quantize(256).save(light := io.BytesIO(), "PNG", optimize=True)
+                figure.convert("RGB").quantize(256, kmeans=1).save(light := io.BytesIO(), "PNG", optimize=True)
                 data["image/png"] = base64.b64encode(light.getvalue()).decode()
     return copied
 
