@@ -314,7 +314,7 @@ def test_an_interrupted_school_ends_as_one_that_was_not(tmp_path, monkeypatch, c
     assert all(resumed[name].equal(weight) for name, weight in whole.items())
     files = {folder: sorted(path.name for path in (tmp_path / folder).iterdir()) for folder in ("whole", "resumed")}
     assert files["whole"] == files["resumed"] and "model.safetensors" in files["whole"]
-    assert not any("bookmark" in name or "half" in name for name in files["whole"])
+    assert not any("bookmark" in name for name in files["whole"])
 
 
 def test_batches_of_a_resumed_school_are_those_that_were_left(toy):

@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,12 +33,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate.data_loader import skip_first_batches
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import nn
 from torch.utils.data import DataLoader
 
 from vdm_utils.__main__ import new_classifier
-from vdm_utils.checkpoints import save_classifier
+from vdm_utils.checkpoints import save_classifier, write_whole
 from vdm_utils.data import Pictures, load_data
 from vdm_utils.objective import kl_divergence
 from vdm_utils.training import ClassifierSettings, evaluate_classifier, plain_attention, regions
@@ -119,9 +119,7 @@ class Bookmark:
             saved |= {f"{name}.{key}": value.contiguous() for key, value in module.state_dict().items()}
         for number, moments in self.optimizer.state_dict()["state"].items():
             saved |= {f"optimizer.{number}.{key}": value.contiguous() for key, value in moments.items()}
-        half = self.file.with_suffix(".half")  # the old bookmark stays until the new one is whole
-        save_file(saved, half)
-        os.replace(half, self.file)
+        write_whole(self.file, to_bytes(saved))
 
     def steps(self, data: Pictures, steps: int, seed: int, size: int = BATCH) -> Iterator[tuple[int, dict]]:
         """The steps that are left, each with its batch."""
