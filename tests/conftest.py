@@ -1,11 +1,13 @@
 """What the tests share: no network, one thread, a tiny base on 3×3 toy grids, and one short run of each job."""
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # before transformers and torch are imported
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from vdm_utils.data import load_data
 from vdm_utils.diffmask import VisionDiffMask
 from vdm_utils.vit import build_classifier, fingerprint
 
+gc.freeze()  # every training collects garbage: what was imported is none
 torch.set_num_threads(1)  # a tiny model is fastest on one, and bits only agree between equal numbers of threads
 
 
@@ -36,6 +39,15 @@ BASE = words("train-base --dataset digits --patch_size 8 --lr 1e-2 --patience 9"
 # warm-up, Adam's moments and a large lr: a resumed run that lost any of them would be elsewhere after four steps
 DIFFMASK = words("train --dataset digits --lr 1e-2 --gate_warmup_steps 10 --sample_images 1 --eps 0.001") + COMMON
 DIFFMASK += words("--lr_alpha 3 --weighted_layer_distribution")
+
+
+def same(first, second):
+    """Equal bit for bit, whatever it is made of."""
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(same, first, second))
+    return np.array_equal(first, second) if isinstance(first, (np.ndarray, torch.Tensor)) else first == second
 
 
 @pytest.fixture(autouse=True)

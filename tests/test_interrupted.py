@@ -28,9 +28,10 @@ import pytest
 import torch
 import torchvision.datasets.utils
 import transformers
-from conftest import BASE, DIFFMASK, randomize
+from conftest import BASE, DIFFMASK, randomize, same
 from fake_hub import MASK, MODEL, fake_hub
 from huggingface_hub import constants
+from safetensors.torch import load_file
 from torchvision.datasets import CIFAR10, MNIST
 
 from vdm_utils import checkpoints, training
@@ -48,8 +49,8 @@ FORKS = multiprocessing.get_context("forkserver")
 
 @pytest.fixture(scope="module", autouse=True)
 def imported():
-    """The process that all others are forked from: it imports this file, which it finds by PYTHONPATH only."""
-    FORKS.set_forkserver_preload([__name__])
+    """The process that all others are forked from: it imports forked.py, which it finds by PYTHONPATH only."""
+    FORKS.set_forkserver_preload(["forked"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         forkserver.ensure_running()
@@ -95,6 +96,13 @@ def train(words, first_is_best=True):
     if first_is_best:
         training._accuracy_and_score = lambda prediction: {"accuracy": 0.0, "score": 0.0}
     return main(words)
+
+
+def train_aloud(words):
+    """One that says of every step that it is done: a run that begins anew would end the same."""
+    step = transformers.Trainer.training_step
+    transformers.Trainer.training_step = lambda *args: print("a step") or step(*args)
+    return train(words)
 
 
 def intercept(name, act):
@@ -176,15 +184,6 @@ def whole(tmp_path_factory):
     return runs
 
 
-def same(first, second):
-    """Equal bit for bit, whatever it is made of."""
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
-    if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(map(same, first, second))
-    return np.array_equal(first, second) if isinstance(first, (np.ndarray, torch.Tensor)) else first == second
-
-
 def assert_same_run(first, second):
     """The last checkpoints, the finished models and everything that was logged, but for times, are equal."""
     for name in ("model.safetensors", "checkpoint-12/model.safetensors"):
@@ -243,6 +242,22 @@ def test_killed_at_random_times(whole, tmp_path, job):
         assert int(kept.name[11:] if kept else 0) >= logged - INTERVAL, seed
     assert run(tmp_path, train, words)[0] == 0
     assert_same_run(uninterrupted, folder)
+
+
+@pytest.mark.parametrize("job", ["train-base", "train"])
+def test_a_run_resumed_in_a_new_process_is_the_uninterrupted_run(whole, tmp_path, job):
+    """From a checkpoint by name, into another folder: the rows from before the break are there, too."""
+    words, uninterrupted = whole[job]
+    middle = uninterrupted / ("checkpoint-4" if job == "train-base" else "checkpoint-8")  # of a base the best, 4, stays
+    words = [*words, FLAG[job], str(middle), "--output_dir", str(tmp_path / "resumed")]
+    status, log = run(tmp_path, train_aloud, words)
+    assert (status, log.count("a step")) == (0, 12 - int(middle.name[-1])), log
+    assert_same_run(uninterrupted, tmp_path / "resumed")
+    weights, before = (load_file(folder / "model.safetensors") for folder in (uninterrupted / "checkpoint-12", middle))
+    assert not same(weights, before)  # there was something to learn
+    if job == "train":
+        moved = {"multiplier.parameter", "placeholder", "running"} <= set(weights)
+        assert moved and weights["multiplier.parameter"].std() > 0
 
 
 def test_killed_on_the_command_line(whole, tmp_path):
