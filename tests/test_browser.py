@@ -22,9 +22,6 @@ import nbformat
 import psutil
 import pytest
 from conftest import load_tool
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-
-from vdm_utils.gallery import layer_flipbook
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -37,31 +34,14 @@ PATIENCE = 180_000  # milliseconds that a busy machine may take for what a quiet
 sync_api.expect.set_options(timeout=PATIENCE)
 NOTEBOOK_SECONDS = 600  # the longest that all cells of a notebook may take
 TOKEN = secrets.token_hex(16)
-SET_UP = """import torch
-from vdm_utils.data import load_data
-from vdm_utils.diffmask import VisionDiffMask
-from vdm_utils.explorers import mask_explorer, what_if_explorer
-from vdm_utils.gallery import layer_flipbook
-from vdm_utils.notebook import checkpoint, start
-
-start()
-torch.set_num_threads(1)
-data = load_data("toy", "test")
-shown = VisionDiffMask.from_pretrained(checkpoint("toy", "diffmask")), data.batch(range(3))["pixel_values"], data.id2label
-"""
-CELLS = (SET_UP, "mask_explorer(*shown)", "what_if_explorer(*shown)", "layer_flipbook(*shown)")
-OPENED = ["made_here", *(path.stem for path in [ROOT / "notebooks" / "07_analysis.ipynb"] if path.exists())]
+NOTEBOOK = ROOT / "notebooks" / "07_analysis.ipynb"  # it has all three explorers that are touched here
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with the notebooks that are opened: copies, so that nothing here can change the course."""
+    """A folder with the notebook that is opened: a copy, so that nothing here can change the course."""
     folder = tmp_path_factory.mktemp("notebooks")
-    cells = [new_markdown_cell("# Explorers\n\nTo be touched."), *map(new_code_cell, CELLS)]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(new_notebook(cells=cells, metadata=kernel), folder / "made_here.ipynb")
-    for name in OPENED[1:]:
-        shutil.copy(ROOT / "notebooks" / f"{name}.ipynb", folder)
+    shutil.copy(NOTEBOOK, folder)
     return folder
 
 
@@ -262,42 +242,23 @@ def leaf_through(page):
     assert len(pages) == 5 and len(captions) > 1 and len(masks) > 1  # two gates may well say the same
 
 
-@pytest.mark.parametrize("name", OPENED)
-def test_jupyterlab(page, lab, name):
-    page.goto(f"{lab}/lab/tree/{name}.ipynb?token={TOKEN}")
-    page.wait_for_function(OPEN, arg=f"{name}.ipynb")
+def test_jupyterlab(page, lab):
+    page.goto(f"{lab}/lab/tree/{NOTEBOOK.name}?token={TOKEN}")
+    page.wait_for_function(OPEN, arg=NOTEBOOK.name)
     page.evaluate(RUN_ALL, NOTEBOOK_SECONDS)
     assert page.locator("[data-mime-type*=error]").all_inner_texts() == []
-    drag_the_layer(page)
-    keep(page, f"{name}-layer")
-    made_here = name == "made_here"  # of the course's notebook only what it shows is tried
-    if made_here or explorers_with(page, PATCHES).count():
-        click_a_patch(page)
-        keep(page, f"{name}-patch")
-    if made_here or page.locator("[id^=flipbook-]").count():
-        leaf_through(page)
-        keep(page, f"{name}-flipbook")
+    for touch, name in ((drag_the_layer, "layer"), (click_a_patch, "patch"), (leaf_through, "flipbook")):
+        touch(page)
+        keep(page, f"jupyterlab-{name}")
     assert page.locator(".jp-Dialog, .jp-toastContainer *").count() == 0  # nothing asks about news, updates or a build
 
 
-@pytest.fixture
-def exported(folder, name, tmp_path):
+def test_exported_page_needs_no_kernel_and_no_network(page, tmp_path):
     """The page that tools/pages.py would write, from the outputs that the notebook has."""
-    pages = load_tool("pages")
-    notebook = nbformat.read(folder / f"{name}.ipynb", as_version=4)
-    if name == "made_here":
-        scope = {}
-        exec(SET_UP, scope)
-        shown = {"text/html": layer_flipbook(*scope["shown"])._repr_html_(), "text/plain": "Flipbook"}
-        notebook.cells[-1].outputs = [new_output("execute_result", shown, execution_count=1)]
-    page = tmp_path / f"{name}.html"
-    page.write_text(pages.HTMLExporter().from_notebook_node(pages.with_mathml(notebook))[0], encoding="utf-8")
-    return page
-
-
-@pytest.mark.parametrize("name", OPENED)
-def test_exported_page_needs_no_kernel_and_no_network(page, exported, name):
+    pages, exported = load_tool("pages"), tmp_path / "exported.html"
+    notebook = pages.with_mathml(nbformat.read(NOTEBOOK, as_version=4))
+    exported.write_text(pages.HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
     page.context.set_offline(True)
     page.goto(exported.as_uri(), wait_until="domcontentloaded")
     leaf_through(page)
-    keep(page, f"{name}-exported")
+    keep(page, "exported-flipbook")

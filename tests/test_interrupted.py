@@ -269,8 +269,8 @@ def test_killed_on_the_command_line(whole, tmp_path):
             time.sleep(0.005)
         process.kill()
     assert process.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()
-    finished = subprocess.run([*line, FLAG["train"], "last"], capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
+    status, log = run(tmp_path, main, [*line[3:], FLAG["train"], "last"])
+    assert status == 0, log
     assert_same_run(uninterrupted, folder)
 
 
