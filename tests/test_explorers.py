@@ -513,6 +513,22 @@ def test_replay_names_its_steps(replay_widget):
     assert replay_widget.controls["moment"].options == (("0", 0), ("20", 1), ("33", 2))
 
 
+def test_replay_shown_before_a_training_follows_it(toy, base, pictures, tmp_path, monkeypatch):
+    recorder, drawn = MaskRecorder(pictures, every=2), []
+    monkeypatch.setattr(gallery, "draw_replay", lambda recorder, index, moment: drawn.append((index, moment)) or PNG)
+    recorder.record(VisionDiffMask.for_classifier(base), 0)
+    explorer = replay_explorer(recorder)
+    explorer.controls["index"].value = 3
+    drawn.clear()
+    for again in range(2):
+        trained(toy, base, tmp_path / str(again), (recorder,))
+        assert drawn == [(3, 0), (3, 1), (3, 2), (3, 3)]  # every record once, the newest, of the chosen picture
+        assert explorer.controls["moment"].options == (("0", 0), ("2", 1), ("4", 2), ("5", 3))
+        drawn.clear()
+    explorer.controls["moment"].value = 1  # and then it is a replay again
+    assert drawn == [(3, 1)] and not explorer.message.value
+
+
 def test_nothing_recorded_is_refused(pictures):
     with pytest.raises(VDMError, match="nothing was recorded"):
         replay_explorer(MaskRecorder(pictures))

@@ -37,7 +37,8 @@ def fewer_steps():
 
     paper = PROFILES["paper"]
     steps = {"max_steps": 3, "log_every_n_steps": 2, "batch_size": 4, "num_workers": 0}
-    PROFILES["paper"] = replace(paper, counting=paper.counting | {"length": 120}, run_options=steps, curves=(10, 4))
+    fewer = {"run_options": steps, "live_steps": 3, "curves": (10, 4)}
+    PROFILES["paper"] = replace(paper, counting=paper.counting | {"length": 120}, **fewer)
 
 
 fewer_steps()

@@ -87,6 +87,13 @@ TASKS = {
         "diffmask-eps-0.03": ["train --recipe pictures --dataset shapes --eps 0.03 --max_steps 4000 --seed 0"],
         "diffmask-eps-0.3": ["train --recipe pictures --dataset shapes --eps 0.3 --max_steps 4000 --seed 0"],
     },
+    # the same shapes with a coloured tag in a corner that gives the class away: a classifier that cheats (notebook 05)
+    "shapes-tagged": {
+        "base": [
+            "train-base --recipe quick --dataset shapes --shortcut 1 --max_steps 600 --log_every_n_steps 200 --seed 0"
+        ],
+        "diffmask": ["train --recipe pictures --dataset shapes --shortcut 1 --seed 0"],
+    },
     "digits-count": {
         "base": [
             "train-base --dataset digits_QA --size tiny --mimetic_start --bf16 --lr 1e-3 --lr_schedule cosine --warmup_steps 200 "
@@ -157,7 +164,11 @@ def fewer_digits(weights: torch.Tensor, bits: int = 8) -> torch.Tensor:
 
 
 def ship(folder: Path, target: Path) -> None:
-    """Copy what is needed to load a model, with checksums; weights above ½ MB in half precision (they are loaded in single)."""
+    """Copy what is needed to load a model, with checksums.
+
+    Weights above ½ MB are stored in half precision (they are loaded in single), and so are the seeds of the stability check: their
+    masks are the same to 4e-5.
+    """
     target.mkdir(parents=True, exist_ok=True)
     for name in KEPT:
         (target / name).unlink(
@@ -165,7 +176,7 @@ def ship(folder: Path, target: Path) -> None:
         )  # a process that has these weights mapped would die if they changed in place
         shutil.copy(folder / name, target / name)
     weights = target / "model.safetensors"
-    if weights.stat().st_size > 5e5:
+    if weights.stat().st_size > 5e5 or "seed" in target.name:
         save_file(
             {k: fewer_digits(v).half() for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"}
         )

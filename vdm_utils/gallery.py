@@ -57,15 +57,32 @@ def draw_replay(recorder: MaskRecorder, index: int, moment: int) -> bytes:
 
 
 def replay_explorer(recorder: MaskRecorder) -> Explorer:
-    """A slider over the steps at which a `MaskRecorder` looked on during a training, and which of its pictures."""
+    """A slider over the steps at which a `MaskRecorder` looked on during a training, and which of its pictures.
+
+    Shown before the training, after one `recorder.record(diffmask, 0)`, it follows it: every new record is drawn.
+    """
     if not recorder.records:
         raise VDMError("nothing was recorded", where="replay_explorer", expected="a MaskRecorder that was part of a training",
                        got="no records", fix="give it to train_diffmask: callbacks=(recorder,)")  # fmt: skip
-    controls = {
-        "index": image_dropdown(len(recorder.pixel_values)),
-        "moment": named_slider("step", {str(record.step): i for i, record in enumerate(recorder.records)}, 0),
-    }
-    return Explorer(partial(draw_replay, recorder), controls)
+
+    def moments() -> dict[str, int]:
+        return {str(record.step): i for i, record in enumerate(recorder.records)}
+
+    moment = named_slider("step", moments(), 0)
+    explorer = Explorer(
+        partial(draw_replay, recorder), {"index": image_dropdown(len(recorder.pixel_values)), "moment": moment}
+    )
+
+    def follow() -> None:
+        moment.unobserve(explorer.redraw, names="value")  # new options move a slider to the first of them
+        moment.options = tuple(moments().items())
+        moment.value = len(recorder.records) - 1
+        moment.observe(explorer.redraw, names="value")
+        explorer.drawn = None  # the same place may hold a record of another training
+        explorer.redraw()
+
+    recorder.followers.append(follow)
+    return explorer
 
 
 def ranks(scores: torch.Tensor) -> torch.Tensor:

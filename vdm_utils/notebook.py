@@ -30,7 +30,8 @@ class Profile:
     The others are about photographs (CIFAR-10, notebooks 05 and 06).
     photo_base: Hub name of the classifier; None: the small ones that ship. photo_size: side of its pictures in pixels; None:
     their own. counting: options of `load_data` for grids of them. recipe: of `vdm_utils.training.settings`, with
-    `run_options` on top for every training and `mask_options` for that of a DiffMask of single pictures.
+    `run_options` on top for every training and `mask_options` for that of a DiffMask of single pictures, of which notebook 05
+    shows the first `live_steps`.
     curves: how many pictures get deletion curves, and of how many points. gpu: whether to compute on one where there is one.
     """
 
@@ -44,6 +45,7 @@ class Profile:
     recipe: str
     run_options: dict
     mask_options: dict
+    live_steps: int
     curves: tuple[int, int]
     gpu: bool
 
@@ -90,6 +92,7 @@ PROFILES = {
             "lr_alpha": 0.02,
             "max_steps": 500,
         },
+        live_steps=150,
         curves=(10, 14),
         gpu=False,
     ),
@@ -104,6 +107,7 @@ PROFILES = {
         recipe="paper",  # 20 epochs
         run_options={"log_every_n_steps": 1_407},  # an epoch of CIFAR-10: 45,000 pictures, 32 at a time
         mask_options={},
+        live_steps=150,
         curves=(200, 29),  # the paper's points
         gpu=True,
     ),

@@ -372,16 +372,18 @@ class MaskRecord:
 class MaskRecorder(TrainerCallback):
     """Keeps the shown masks of a few pictures [B, C, H, W] before the first step, after every `every` steps and after the
     last: `records`, for `replay_explorer`. A loop of your own calls `record`. Nothing random is drawn: the training stays
-    the same."""
+    the same. After every record each of `followers` is called, without arguments."""
 
     def __init__(self, pixel_values: torch.Tensor, every: int = 20):
-        self.pixel_values, self.every, self.records = pixel_values, every, []
+        self.pixel_values, self.every, self.records, self.followers = pixel_values, every, [], []
 
     def record(self, diffmask: VisionDiffMask, step: int) -> None:
         """Explain the pictures with the present gates and remember what they show."""
         shown = diffmask.explain(self.pixel_values.to(diffmask.device))
         alpha, eps = diffmask.multiplier.value[-1].item(), diffmask.config.eps
         self.records.append(MaskRecord(step, shown.mask.cpu(), shown.kl.cpu(), shown.kept.cpu(), alpha, eps))
+        for follow in self.followers:
+            follow()
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.records = []
