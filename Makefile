@@ -65,6 +65,7 @@ benchmarks: setup  ## measure the README's tables again, into runs/; hours. Thos
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/speed.py --size small --image_size 32 --patch_size 4 --batch_size 64 --rounds 11 --methods all --table runs/speed_small.csv
 	$(BIN)/python benchmarks/oracle.py toy shapes digits-count --table runs/oracle.csv
+	$(BIN)/python benchmarks/shortcut.py
 	$(BIN)/python benchmarks/deletion.py shapes --fills all --dial --table runs/deletion_shapes.csv
 	$(BIN)/python benchmarks/refinement.py shapes --images 100 --seeds 2 --eps 0.1 --table runs/refinement_shapes.csv
 	$(BIN)/python benchmarks/refinement.py shapes --from_nothing --images 100 --seeds 2 --eps 0.1 --table runs/refinement_shapes_nothing.csv
