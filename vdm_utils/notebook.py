@@ -92,7 +92,7 @@ PROFILES = {
             "lr_alpha": 0.02,
             "max_steps": 500,
         },
-        live_steps=150,
+        live_steps=120,
         curves=(10, 14),
         gpu=False,
     ),
@@ -107,7 +107,7 @@ PROFILES = {
         recipe="paper",  # 20 epochs
         run_options={"log_every_n_steps": 1_407},  # an epoch of CIFAR-10: 45,000 pictures, 32 at a time
         mask_options={},
-        live_steps=150,
+        live_steps=120,
         curves=(200, 29),  # the paper's points
         gpu=True,
     ),
