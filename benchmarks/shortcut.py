@@ -49,7 +49,7 @@ def main() -> None:
             "of the tag, class that keeps it least": f"{of_tag.iloc[0]:.2f} ({names[of_tag.index[0]]})",
             "of the tag, least of the others": of_tag.iloc[1],
             "of all else": (shown.mask * (1 - tag)).sum((1, 2)).mean().item(),
-            **promise(shown, diffmask.config.eps).mean(),
+            **promise(shown, diffmask.config.eps).drop(columns="kept").mean(),
         }
         for name in ("Attention rollout", "Grad-CAM") if len(table) == 1 else ():
             scores = METHODS[name](diffmask.base, pixel_values)

@@ -1,7 +1,7 @@
 """Train again what ships under data/checkpoints, or what is as good: with the commands that the cards state, but for the last
-schools of the CIFAR-10 classifier and of its counter, and the second stages of cifar10/diffmask-votes (chosen by its validation)
-and cifar10-count/diffmask (not needed by the one that ships). One part is luck: the commands of digits-count/diffmask-complement found the mirror image once, and the counted
-cells the next time.
+schools of the CIFAR-10 classifier and of its counter, and the second stages of cifar10/diffmask-votes (chosen by its validation,
+and left out here) and of cifar10-count/diffmask (which the one that ships did not need). One part is luck: the commands of
+digits-count/diffmask-complement found the mirror image once, and the counted cells the next time.
 
     python tools/checkpoints.py            # all of them; hours on two CPU cores, nearly all of them for cifar10
     python tools/checkpoints.py toy        # one task

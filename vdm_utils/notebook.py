@@ -30,8 +30,8 @@ class Profile:
     The others are about photographs (CIFAR-10, notebooks 05 and 06).
     photo_base: Hub name of the classifier; None: the small ones that ship. photo_size: side of its pictures in pixels; None:
     their own. counting: options of `load_data` for grids of them. recipe: of `vdm_utils.training.settings`, with
-    `run_options` on top for every training and `mask_options` for that of a DiffMask of single pictures, of which notebook 05
-    shows the first `live_steps`.
+    `run_options` on top for every training and `mask_options` for that of a DiffMask of single pictures; `live_steps`: how
+    long the one is that notebook 05 shows while it runs.
     curves: how many pictures get deletion curves, and of how many points. gpu: whether to compute on one where there is one.
     """
 
